@@ -1,0 +1,87 @@
+"""Emitted text parses, every name in it is bound, nothing of Diffusers' training or processor machinery is left."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections.abc import Mapping
+
+from porter.model import Diagnostic, Span
+
+LEFTOVERS = frozenset({"dispatch_attention_fn", "register_to_config", "set_attn_processor", "gradient_checkpointing",
+                       "_gradient_checkpointing_func", "apply_lora_scale", "scale_lora_layers", "set_processor",
+                       "maybe_free_model_hooks", "scaled_dot_product_attention"})  # fmt: skip
+
+
+def check_files(files: Mapping[str, str]) -> list[Diagnostic]:
+    """Findings over all files of a conversion."""
+    return [d for name, text in files.items() for d in _check(name, text)]
+
+
+def _check(name: str, text: str) -> list[Diagnostic]:
+    try:
+        module = ast.parse(text)
+    except SyntaxError as error:
+        return [Diagnostic("PORT601", f"{name} does not parse: {error.msg}", Span(name, error.lineno or 1))]
+    found = [
+        Diagnostic("PORT603", f"{name} still uses {used}", Span(name, node.lineno))
+        for node in ast.walk(module)
+        if isinstance(node, (ast.Name, ast.Attribute, ast.alias))
+        and (used := getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))) in LEFTOVERS
+    ]
+    return found + [Diagnostic("PORT604", f"{name}: the name {n} is bound nowhere", Span(name, line))
+                    for n, line in unbound(module)]  # fmt: skip
+
+
+def unbound(module: ast.Module) -> list[tuple[str, int]]:
+    """(name, line) of names read that no scope binds."""
+    found: list[tuple[str, int]] = []
+    _scope(module.body, frozenset(dir(builtins)) | {"__name__", "__file__", "__class__"}, found, class_scope=False)
+    return sorted(set(found), key=lambda item: item[1])
+
+
+def _scope(body: list[ast.stmt], outer: frozenset[str], found: list[tuple[str, int]], class_scope: bool) -> None:
+    visible = outer | _binds(body)
+    inner = outer if class_scope else visible
+    stack: list[ast.AST] = list(body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            args = node.args
+            own = {a.arg for a in [*args.posonlyargs, *args.args, *args.kwonlyargs, args.vararg, args.kwarg] if a}
+            stack += [d for d in [*args.defaults, *args.kw_defaults] if d]
+            if isinstance(node, ast.Lambda):
+                _scope([ast.Expr(node.body)], inner | own, found, class_scope=False)
+            else:
+                stack += node.decorator_list
+                stack += [a.annotation for a in [*args.args, *args.kwonlyargs] if a.annotation]
+                _scope(node.body, inner | own, found, class_scope=False)
+            continue
+        if isinstance(node, ast.ClassDef):
+            stack += [*node.bases, *node.decorator_list]
+            _scope(node.body, inner, found, class_scope=True)
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in visible:
+            found.append((node.id, node.lineno))
+        stack += list(ast.iter_child_nodes(node))
+
+
+def _binds(body: list[ast.stmt]) -> set[str]:
+    """Names bound by statements of one scope, comprehension variables included."""
+    bound: set[str] = set()
+    stack: list[ast.AST] = list(body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            bound.add(node.name)
+            continue
+        if isinstance(node, ast.Lambda):
+            continue
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            bound.add(node.id)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            bound |= {(a.asname or a.name).split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+        stack += list(ast.iter_child_nodes(node))
+    return bound

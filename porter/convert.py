@@ -1,0 +1,161 @@
+"""The story of a port: load -> resolve -> analyse -> plan -> apply -> close -> emit -> check.
+
+Reads text only. Neither torch nor diffusers nor the engine is imported, and no code that is read is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from porter import resources
+from porter.check.static import check_files
+from porter.emit import linemap
+from porter.emit.record import port_record
+from porter.emit.source_file import file_header, print_definitions
+from porter.engine import RuleSet, load_rules
+from porter.manifest import Manifest, PortEntry, manifest_text
+from porter.model import Diagnostic, PorterError
+from porter.pipeline import Denoiser, PipelinePort, port_pipeline
+from porter.pipeline.registration import PortRow, folder_init, package_files
+from porter.source.library import Library, open_library
+from porter.targets import Target, all_targets, find_target
+from porter.transformer.policy import Policy, load_policy
+from porter.transformer.port import TransformerPort, port_transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Everything a run wrote: files by path relative to the output folder, findings, and one row per port."""
+
+    files: Mapping[str, str]
+    diagnostics: tuple[Diagnostic, ...]
+    ports: tuple[PortEntry, ...]
+    edits_planned: int
+    summary: tuple[tuple[str, ...], ...]
+
+
+def convert(
+    names: Sequence[str], source: Path | None = None, rules_dir: Path | None = None, evidence: Path | None = None
+) -> Conversion:
+    """Port pipelines (or denoisers alone) given by class name. Raises PorterError when nothing can be converted."""
+    library = open_library(source)
+    rules = load_rules(rules_dir or resources.RULES)
+    policy = load_policy(resources.RULES)
+    run = _Conversion(library, rules, policy)
+    for name in names:
+        run.add(find_target(library, name))
+    return run.finish(evidence)
+
+
+def all_names(source: Path | None = None) -> list[str]:
+    """Every pipeline whose denoiser is a transformer, by public name."""
+    return [f"diffusers.{t.name}" for t in all_targets(open_library(source))]
+
+
+class _Conversion:
+    """Ports collected over several targets; denoisers shared by pipelines are converted once."""
+
+    def __init__(self, library: Library, rules: RuleSet, policy: Policy) -> None:
+        self.library = library
+        self.rules = rules
+        self.policy = policy
+        self.transformers: dict[str, TransformerPort] = {}
+        self.pipelines: dict[str, tuple[str, PipelinePort]] = {}
+        self.alone: dict[str, Target] = {}
+        self.diagnostics: list[Diagnostic] = []
+
+    def add(self, target: Target) -> None:
+        """Convert one target: its denoisers first, then the pipeline around them."""
+        denoisers: dict[str, Denoiser] = {}
+        for component, qualified in target.denoisers.items():
+            port = self._transformer(qualified)
+            denoisers[component] = Denoiser(component, port.source, port.module, port.class_name)
+        folder = self._transformer(next(iter(target.denoisers.values()))).folder
+        if target.is_pipeline:
+            try:
+                pipeline = port_pipeline(self.library, target.qualified, denoisers, self.rules)
+            except PorterError as error:
+                # A transformer that converts is worth having before its pipeline does.
+                self.diagnostics += error.diagnostics
+            else:
+                self.pipelines[target.name] = (folder, pipeline)
+                self.diagnostics += pipeline.diagnostics
+                return
+        self.alone[target.name] = target
+
+    def _transformer(self, qualified: str) -> TransformerPort:
+        if qualified not in self.transformers:
+            port = port_transformer(self.library, qualified, self.rules, self.policy)
+            self.transformers[qualified] = port
+            self.diagnostics += port.diagnostics
+        return self.transformers[qualified]
+
+    def finish(self, evidence: Path | None) -> Conversion:
+        """Print, format and check all files; write the records around them."""
+        digest = rules_digest()
+        marked: dict[str, str] = {}
+        for port in self.transformers.values():
+            marked[f"{port.folder}/{port.module}.py"] = print_definitions(
+                port.definitions, port.local, self._header(f"diffusers.{port.class_name}", port.source, digest)
+            )
+        for folder, pipeline in self.pipelines.values():
+            local = {f"{d.module}.{d.name}": d.name for d in pipeline.unit.definitions}
+            marked[f"{folder}/{pipeline.module}.py"] = print_definitions(
+                pipeline.unit.definitions, local, self._header(pipeline.source, pipeline.source, digest)
+            )
+        finished = linemap.finish(marked)
+        files = {name: f.text for name, f in finished.items()}
+        self.diagnostics += check_files(files)
+        entries = self._entries(files, evidence)
+        for folder in sorted({p.folder for p in self.transformers.values()}):
+            files[f"{folder}/__init__.py"] = self._init(folder, entries)
+            files[f"{folder}/port.json"] = port_record(folder, self, finished)
+        manifest = Manifest(self.library.version, tuple(entries))
+        files.update(package_files({p.folder for p in self.transformers.values()}, "0.1.0"))
+        files["manifest.json"] = manifest_text(manifest)
+        return Conversion(
+            dict(sorted(files.items())), tuple(self.diagnostics), tuple(entries),
+            sum(p.edits for p in self.transformers.values()), self._summary(entries, files),
+        )  # fmt: skip
+
+    def _header(self, public: str, qualified: str, digest: str) -> str:
+        span = self.library.span(qualified)
+        return file_header(public, span.file if span else "", self.library.version, digest)
+
+    def _entries(self, files: Mapping[str, str], evidence: Path | None) -> list[PortEntry]:
+        proven = json.loads(evidence.read_text(encoding="utf-8")) if evidence and evidence.is_file() else {}
+        entries = [PortEntry.of_pipeline(folder, p, self.transformers, files, proven)
+                   for folder, p in self.pipelines.values()]  # fmt: skip
+        covered = {d["source"] for e in entries for d in e.denoisers.values()}
+        for target in self.alone.values():
+            qualified = set(target.denoisers.values())
+            if target.is_pipeline or not {self.transformers[q].source for q in qualified} <= covered:
+                entries.append(PortEntry.of_target(target, self.transformers, files, proven))
+        return sorted(entries, key=lambda e: (e.folder, e.arch))
+
+    def _init(self, folder: str, entries: list[PortEntry]) -> str:
+        transformers = [(t.module, t.class_name) for t in self.transformers.values() if t.folder == folder]
+        rows = [PortRow(e.arch, e.folder, e.module, e.cls, e.pre_process, e.post_process)
+                for e in entries if e.folder == folder]  # fmt: skip
+        return linemap.format_files({"init": folder_init(folder, transformers, rows)})["init"]
+
+    def _summary(self, entries: list[PortEntry], files: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+        rows = []
+        for e in entries:
+            size = sum(files[f"{e.folder}/{m}.py"].count("\n") for m in e.modules())
+            rows.append((e.source, f"{e.folder}/", e.cls or "transformer only", f"{size} lines"))
+        return tuple(rows)
+
+
+def rules_digest() -> str:
+    """Twelve digits that change when a rule, a symbol table or a template changes."""
+    total = hashlib.sha256()
+    for root in (resources.RULES, resources.TEMPLATES):
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and path.suffix in (".yaml", ".jinja"):
+                total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:12]

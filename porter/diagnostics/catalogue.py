@@ -1,0 +1,74 @@
+"""The catalogue of diagnostics: what each code means and what to do. The data is in `catalogue.yaml`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+Effort = Literal["none", "low", "medium", "high"]
+EFFORTS: tuple[Effort, ...] = ("none", "low", "medium", "high")
+FILE = Path(__file__).with_name("catalogue.yaml")
+_CODE = re.compile(r"^(PORT\d{3}):", re.MULTILINE)
+
+FAMILIES = {
+    "0": "usage and environment",
+    "1": "source and symbols",
+    "2": "rules and conflicts",
+    "3": "attention",
+    "4": "parallel plans",
+    "5": "pipelines",
+    "6": "emission",
+    "9": "verification",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One code. `effort` is what a person must put in before the port can be used: none, minutes, hours, a redesign."""
+
+    code: str
+    name: str
+    effort: Effort
+    meaning: str
+    advice: str
+    example: str = ""
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[self.code[4]]
+
+
+@lru_cache(maxsize=1)
+def codes() -> frozenset[str]:
+    """Every code there is; read without parsing the catalogue."""
+    return frozenset(_CODE.findall(FILE.read_text(encoding="utf-8")))
+
+
+@lru_cache(maxsize=1)
+def catalogue() -> Mapping[str, Entry]:
+    """All entries by code."""
+    import msgspec
+
+    from porter.engine.yamltext import parse_file
+
+    data = parse_file(FILE, FILE.name).data
+    assert isinstance(data, dict)
+    return {code: msgspec.convert({"code": code, **fields}, Entry) for code, fields in data.items()}
+
+
+def entry(code: str) -> Entry:
+    """The entry of a code. Raises KeyError with a hint for a code that is not in the catalogue."""
+    try:
+        return catalogue()[code]
+    except KeyError:
+        raise KeyError(f"{code} is no diagnostic; add it to {FILE.name}") from None
+
+
+def effort_of(code: str) -> Effort:
+    """The effort of a code; `high` if it is unknown, so that nothing unknown is taken lightly."""
+    found = catalogue().get(code)
+    return found.effort if found else "high"

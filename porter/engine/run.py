@@ -1,0 +1,45 @@
+"""Run rules over a unit: per phase and stratum, plan on a snapshot, then apply once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from porter.engine.apply import apply
+from porter.engine.edits import Planned
+from porter.engine.index import IndexCache
+from porter.engine.load import RuleSet
+from porter.engine.plan import plan
+from porter.engine.schema import PHASES, Phase, Scope
+from porter.model import Diagnostic, SiteStatus, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The unit after the rules, what they found, how every site ended, and what they edited."""
+
+    unit: Unit
+    diagnostics: tuple[Diagnostic, ...]
+    statuses: tuple[SiteStatus, ...]
+    edits: tuple[Planned, ...]
+
+
+def run_rules(
+    unit: Unit, rules: RuleSet, phase: Phase | None = None, scope: Scope = "any", cache: IndexCache | None = None
+) -> Outcome:
+    """Run the rules of one phase (or of all, in order) whose scope is `scope` or `any`.
+
+    Hand the same `cache` to successive calls of one conversion: what did not change is not indexed again.
+    """
+    cache = cache or IndexCache()
+    found: dict[Diagnostic, None] = {}
+    statuses: list[SiteStatus] = []
+    edits: list[Planned] = []
+    for each in PHASES if phase is None else (phase,):
+        for stratum in rules.strata(each, scope):
+            unit = replace(unit, definitions=tuple(cache.unshared(d) for d in unit.definitions))
+            step = plan(unit, stratum, cache)
+            unit = apply(unit, step.edits, cache) if step.edits else unit
+            found.update(dict.fromkeys(step.diagnostics))
+            statuses += step.statuses
+            edits += step.edits
+    return Outcome(unit, tuple(found), tuple(statuses), tuple(edits))

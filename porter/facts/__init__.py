@@ -1,0 +1,8 @@
+"""Analyses: one fact per file, pure functions from source to frozen values."""
+
+from __future__ import annotations
+
+
+def load() -> None:
+    """Import the modules that register facts for rules."""
+    import porter.facts.layers  # noqa: F401

@@ -1,0 +1,94 @@
+"""The end of `__call__`: what is returned, and how it is post-processed before that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import libcst as cst
+
+from porter.facts.pipeline.liveness import uses
+from porter.model import Unknown
+from porter.source.names import referenced
+from porter.source.tree import find, replace_nodes, self_attribute
+
+
+@dataclass(frozen=True, slots=True)
+class PostProcess:
+    """`self.<processor>.<method>(value, output_type=output_type, **options)`."""
+
+    processor: str
+    method: str
+    options: tuple[tuple[str, cst.BaseExpression], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """`statements` compute `result` without post-processing; `output` is the class Diffusers returns."""
+
+    statements: tuple[cst.BaseStatement, ...]
+    result: cst.BaseExpression
+    field: str
+    output: str | None
+    post_process: PostProcess | None
+
+
+def tail(statements: Sequence[cst.BaseStatement]) -> Tail | Unknown:
+    """Analyse the (cleaned) decode region."""
+    if not statements or not isinstance(statements[-1], cst.SimpleStatementLine):
+        return Unknown("__call__ does not end with a return statement")
+    last = statements[-1].body[-1]
+    if not isinstance(last, cst.Return) or not isinstance(last.value, cst.Call):
+        return Unknown("__call__ does not return an output object")
+    given = [a for a in last.value.args if not (isinstance(a.value, cst.Name) and a.value.value == "None")]
+    if len(given) != 1:
+        return Unknown(f"the output object holds {len(given)} values")
+    rest = list(statements[:-1])
+    calls = [(s, c) for s in rest for c in find(s, cst.SimpleStatementLine) if _post_process(c) is not None]
+    if len(calls) > 1:
+        return Unknown("the output is post-processed in more than one place")
+    post_process = None
+    if calls:
+        owner, statement = calls[0]
+        post_process = _post_process(statement)
+        assert isinstance(statement.body[0], cst.Assign)
+        if any(_reads_result(s, statement) for s in rest[rest.index(owner) + 1 :]):
+            return Unknown("the post-processed output is used again")
+        rest[rest.index(owner)] = _without(owner, statement)
+        rest = [s for s in rest if s is not None]
+    field = given[0].keyword.value if given[0].keyword is not None else ""
+    return Tail(tuple(rest), given[0].value, field, referenced(last.value.func), post_process)
+
+
+def _reads_result(statement: cst.BaseStatement, post: cst.SimpleStatementLine) -> bool:
+    assign = post.body[0]
+    assert isinstance(assign, cst.Assign)
+    target = assign.targets[0].target
+    return isinstance(target, cst.Name) and target.value in uses(statement)
+
+
+def _post_process(statement: cst.SimpleStatementLine) -> PostProcess | None:
+    assign = statement.body[0]
+    if not isinstance(assign, cst.Assign) or not isinstance(assign.value, cst.Call):
+        return None
+    func = assign.value.func
+    if not isinstance(func, cst.Attribute) or not func.attr.value.startswith("postprocess"):
+        return None
+    processor = self_attribute(func.value)
+    if processor is None:
+        return None
+    options = tuple(
+        (a.keyword.value, a.value) for a in assign.value.args if a.keyword and a.keyword.value != "output_type"
+    )
+    return PostProcess(processor, func.attr.value, options)
+
+
+def _without(owner: cst.BaseStatement, statement: cst.SimpleStatementLine) -> cst.BaseStatement | None:
+    """`owner` with the post-processing replaced by a plain assignment, or without it if that changes nothing."""
+    assign = statement.body[0]
+    assert isinstance(assign, cst.Assign) and isinstance(assign.value, cst.Call)
+    value, target = assign.value.args[0].value, assign.targets[0].target
+    if isinstance(value, cst.Name) and isinstance(target, cst.Name) and value.value == target.value:
+        return None if owner is statement else replace_nodes(owner, [(statement, cst.RemoveFromParent())])
+    new = statement.with_changes(body=[assign.with_changes(value=value)])
+    return new if owner is statement else replace_nodes(owner, [(statement, new)])

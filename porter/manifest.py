@@ -1,0 +1,121 @@
+"""`manifest.json`: what was ported and what is known about it. Other tools rely on this file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from porter.evidence import code_digest, features_of
+
+if TYPE_CHECKING:
+    from porter.pipeline import PipelinePort
+    from porter.targets import Target
+    from porter.transformer.port import TransformerPort
+
+ENGINE = "vllm-omni 0.30.0"
+UNTESTED = "not tested"
+
+
+@dataclass(frozen=True, slots=True)
+class PortEntry:
+    """One port. `module`, `cls` and the process functions are None while only the denoiser is ported."""
+
+    source: str
+    arch: str
+    folder: str
+    module: str | None
+    cls: str | None
+    pre_process: str | None
+    post_process: str | None
+    denoisers: Mapping[str, Mapping[str, str]]
+    features: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def modules(self) -> list[str]:
+        """Modules of the folder that make up this port."""
+        return sorted({d["module"] for d in self.denoisers.values()} | ({self.module} if self.module else set()))
+
+    @classmethod
+    def of_pipeline(
+        cls,
+        folder: str,
+        port: PipelinePort,
+        transformers: Mapping[str, TransformerPort],
+        files: Mapping[str, str],
+        proven: Mapping[str, Any],
+    ) -> PortEntry:
+        """Entry of a whole port. Evidence counts only for exactly the code it was gathered on."""
+        by_source = {t.source: t for t in transformers.values()}
+        denoisers = {d.component: _denoiser(by_source[d.source]) for d in port.denoisers}
+        entry = cls(
+            port.source, port.arch, folder, port.module, port.cls, port.pre_process, port.post_process, denoisers
+        )
+        features: dict[str, Mapping[str, Any]] = {}
+        for name, feature in port.features.items():
+            unsupported = feature.status != "generated"
+            features[name] = (
+                {"status": feature.status, "reason": feature.reason} if unsupported else {"status": UNTESTED}
+            )
+        features.update(_proven(entry, files, proven))
+        return _with_features(entry, features)
+
+    @classmethod
+    def of_target(
+        cls,
+        target: Target,
+        transformers: Mapping[str, TransformerPort],
+        files: Mapping[str, str],
+        proven: Mapping[str, Any],
+    ) -> PortEntry:
+        """Entry of a port that is a transformer so far."""
+        denoisers = {component: _denoiser(transformers[q]) for component, q in target.denoisers.items()}
+        folder = transformers[next(iter(target.denoisers.values()))].folder
+        entry = cls(f"diffusers.{target.name}", target.name, folder, None, None, None, None, denoisers)
+        return _with_features(entry, _proven(entry, files, proven))
+
+    def digest(self, files: Mapping[str, str]) -> str:
+        """SHA-256 over the code of the port; evidence is bound to it."""
+        return code_digest(self.folder, self.modules(), files.__getitem__)
+
+
+def _denoiser(port: TransformerPort) -> dict[str, str]:
+    return {"source": f"diffusers.{port.class_name}", "module": port.module, "class": port.class_name}
+
+
+def _proven(entry: PortEntry, files: Mapping[str, str], proven: Mapping[str, Any]) -> dict[str, Any]:
+    return features_of(proven.get(entry.arch), entry.digest(files))
+
+
+def _with_features(entry: PortEntry, features: Mapping[str, Mapping[str, Any]]) -> PortEntry:
+    from dataclasses import replace
+
+    return replace(entry, features=dict(sorted(features.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole catalogue."""
+
+    diffusers: str
+    ports: tuple[PortEntry, ...]
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """JSON text, keys in the order of the contract."""
+    ports = [
+        {
+            "source": p.source,
+            "arch": p.arch,
+            "folder": p.folder,
+            "module": p.module,
+            "class": p.cls,
+            "pre_process": p.pre_process,
+            "post_process": p.post_process,
+            "denoisers": p.denoisers,
+            "features": p.features,
+        }
+        for p in manifest.ports
+    ]
+    data = {"schema": 1, "diffusers": manifest.diffusers, "engine": ENGINE, "ports": ports}
+    return json.dumps(data, indent=2) + "\n"

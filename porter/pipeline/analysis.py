@@ -1,0 +1,185 @@
+"""From a pipeline class to its cleaned regions: everything the templates print, still as trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import libcst as cst
+
+from porter.engine import RuleSet
+from porter.facts.pipeline import (
+    Component,
+    Guidance,
+    Members,
+    Regions,
+    Tail,
+    call_state,
+    components,
+    guidance,
+    members,
+    regions,
+    tail,
+)  # fmt: skip
+from porter.facts.pipeline.members import self_reads
+from porter.model import Diagnostic, PorterError, SiteStatus, Span, Unknown
+from porter.pipeline.cleanup import bind_to_port, clean
+from porter.pipeline.fold import PRESENT, Knowledge
+from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
+from porter.pipeline.localise import localise
+from porter.pipeline.model import Parameter
+from porter.pipeline.parameters import request_parameters
+from porter.pipeline.prune import settle
+from porter.pipeline.tables import Tables
+from porter.source.library import Library
+from porter.source.marks import mark_of
+from porter.source.names import referenced
+from porter.source.tree import body, find, parameters, self_attribute, strip_docstring
+
+NO_LOOP, NO_TAIL, NO_COMPONENTS = "PORT501", "PORT501", "PORT504"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Facts and cleaned code of one pipeline."""
+
+    members: Members
+    components: tuple[Component, ...]
+    arguments: tuple[cst.Param, ...]
+    parameters: tuple[Parameter, ...]
+    regions: Regions
+    guidance: Guidance | Unknown
+    tail: Tail
+    constructor: tuple[cst.BaseStatement, ...]
+    helpers: tuple[Helper, ...]
+    kept_state: frozenset[str]
+    call_span: Span | None
+    statuses: tuple[SiteStatus, ...]
+    diagnostics: tuple[Diagnostic, ...]
+
+    @property
+    def denoisers(self) -> tuple[Component, ...]:
+        return tuple(c for c in self.components if c.role == "denoiser")
+
+
+def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None = None) -> Analysis:
+    """Analyse a pipeline class. Raises PorterError with a diagnostic when its shape is not one that can be cut."""
+    found = members(library, name)
+    if isinstance(found, Unknown):
+        raise PorterError(Diagnostic(NO_COMPONENTS, found.reason))
+    cleaned = clean(found.classes, ruleset)
+    found = Members(cleaned.definitions)
+    parts = components(found)
+    call = found.method("__call__")
+    owner = found.owner_of("__call__")
+    if isinstance(parts, Unknown) or call is None or owner is None:
+        reason = parts.reason if isinstance(parts, Unknown) else "the class defines no __call__"
+        raise PorterError(Diagnostic(NO_COMPONENTS, f"{name}: {reason}", library.span(name)))
+    mark = mark_of(call)
+    span = Span(owner.file, mark.line) if mark else None
+    arguments = parameters(call)[1:]
+    mapping = request_parameters(arguments, tables)
+    names = [c.name for c in parts if c.role == "denoiser"]
+    found = bind_to_port(found, names, [c.name for c in parts if not c.loads])
+    call = found.method("__call__") or call
+    known = _knowledge(parts)
+    refused = {p.name: _literal(p.default) for p in mapping if p.place == "refused"}
+    refused["return_dict"] = True
+    statements: list[cst.BaseStatement] = strip_docstring(body(call))
+    bound = frozenset(p.name for p in mapping)
+    state = call_state(found, statements)
+    done: Done = {}
+    elsewhere = _state_read_by_helpers(found, statements, known, frozenset(state.properties), done)
+    local = localise(statements, state, bound, elsewhere)
+    statements = settle(local.statements, known.with_local(refused), bound)
+    roots, helpers = helper_methods(found, statements, known, frozenset({"__call__"}), done)
+    statements = settle(roots, known.with_local(refused), bound)  # type: ignore[arg-type]
+    cut = regions(statements, names)
+    if isinstance(cut, Unknown):
+        raise PorterError(Diagnostic(NO_LOOP, f"{name}: {cut.reason}", span))
+    end = tail(cut.decode)
+    if isinstance(end, Unknown):
+        raise PorterError(Diagnostic(NO_TAIL, f"{name}: {end.reason}", span))
+    forward = _forward_parameters(library, parts)
+    return Analysis(
+        found, parts, tuple(arguments), mapping, cut, guidance(cut, names, forward), end,
+        tuple(_constructor(found, known)), tuple(helpers), local.kept, span, cleaned.statuses,
+        cleaned.diagnostics,
+    )  # fmt: skip
+
+
+def _literal(default: str | None) -> object:
+    """The value a refused parameter always has: its default, None for one that is no literal."""
+    try:
+        value = ast.literal_eval(default or "None")
+    except (ValueError, SyntaxError):
+        return None
+    return value if isinstance(value, (bool, int, str)) else None
+
+
+def _knowledge(parts: Sequence[Component]) -> Knowledge:
+    present = {c.name: PRESENT for c in parts if c.loads and not c.optional}
+    return Knowledge(attributes=present)
+
+
+def _state_read_by_helpers(
+    found: Members, statements: Sequence[cst.BaseStatement], known: Knowledge, skip: frozenset[str], done: Done
+) -> frozenset[str]:
+    """Names every reachable helper method reads on `self`."""
+    _, helpers = helper_methods(found, statements, known, skip | {"__call__"}, done)
+    return frozenset(n for h in helpers for n in self_reads(h.node))
+
+
+def _constructor(found: Members, known: Knowledge) -> list[cst.BaseStatement]:
+    """What the constructor does besides registering components."""
+    init = found.method("__init__")
+    if init is None:
+        return []
+    cleaned = body(clean_method(init, known, {}))
+    return [s for s in strip_docstring(cleaned) if not _registers(s)]
+
+
+def _registers(statement: cst.BaseStatement) -> bool:
+    for call in find(statement, cst.Call):
+        if self_attribute(call.func) in ("register_modules", "register_to_config"):
+            return True
+        if isinstance(call.func, cst.Attribute) and call.func.attr.value == "__init__":
+            return True
+    return False
+
+
+def _forward_parameters(library: Library, parts: Sequence[Component]):  # noqa: ANN202 - a closure
+    def names(callee: cst.BaseExpression) -> Sequence[str] | Unknown:
+        component = next((c for c in parts if c.name == self_attribute(callee)), None)
+        component = component or next((c for c in parts if c.role == "denoiser"), None)
+        if component is None or not component.classes:
+            return Unknown("the class of the denoiser is not known")
+        definition = library.definition(component.classes[0])
+        if isinstance(definition, Unknown):
+            return definition
+        forward = next(
+            (m for m in body(definition.node) if isinstance(m, cst.FunctionDef) and m.name.value == "forward"), None
+        )
+        if forward is None:
+            return Unknown(f"{component.classes[0]} defines no forward")
+        return [p.name.value for p in parameters(forward)][1:]
+
+    return names
+
+
+def step_call(regions_: Regions) -> cst.Call | None:
+    """The scheduler call of the step region."""
+    for statement in regions_.step:
+        for call in find(statement, cst.Call):
+            if isinstance(call.func, cst.Attribute) and call.func.attr.value == "step":
+                return call
+    return None
+
+
+def output_module(end: Tail) -> str | None:
+    """Module of the output class."""
+    return end.output.rpartition(".")[0] if end.output else None
+
+
+__all__ = ["Analysis", "analyse", "output_module", "referenced", "step_call"]

@@ -1,0 +1,292 @@
+"""Print a pipeline port from its analysis."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import libcst as cst
+
+from porter.engine import RuleSet
+from porter.facts.pipeline import Component
+from porter.facts.pipeline.liveness import live_before, writes
+from porter.model import Definition, Diagnostic, PorterError, Unit, Unknown
+from porter.pipeline.analysis import Analysis, analyse
+from porter.pipeline.batching import batching
+from porter.pipeline.cleanup import clean
+from porter.pipeline.helpers import module_definitions
+from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
+from porter.pipeline.optional_imports import import_where_used, optional_packages
+from porter.pipeline.parameters import is_tensor, is_text
+from porter.pipeline.pieces import Pieces, pieces
+from porter.pipeline.process import post_process
+from porter.pipeline.reads import (
+    class_statements,
+    code_nodes,
+    denoiser_reads,
+    kept_constructor,
+    unresolved,
+    used_components,
+)  # fmt: skip
+from porter.pipeline.render import render
+from porter.pipeline.tables import Tables, load_tables
+from porter.source.library import Library
+from porter.source.marks import strip
+from porter.source.names import absolute
+from porter.source.tree import body, code
+
+NOT_CUT, NOT_REACHED, NOT_LOADED = "PORT501", "PORT503", "PORT504"
+SIBLING = "sibling"
+"""Pseudo package of the other files in the port's folder: `sibling.<module>.<Class>` is imported relatively."""
+
+
+def snake(name: str) -> str:
+    """QwenImageEditPlus -> qwen_image_edit_plus."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def port_pipeline(
+    library: Library,
+    qualified_name: str,
+    denoisers: Mapping[str, Denoiser] | Sequence[Denoiser],
+    ruleset: RuleSet | None = None,
+    tables: Tables | None = None,
+) -> PipelinePort:
+    """The vLLM-Omni port of a Diffusers pipeline, as an absolute unit. Raises PorterError when it can't be cut.
+
+    `denoisers` are the ported classes by component name; a component that is missing there gets a name by convention.
+    """
+    tables = tables or load_tables()
+    analysis = analyse(library, qualified_name, tables, ruleset)
+    cut = pieces(analysis)
+    if isinstance(cut, Unknown):
+        raise PorterError(Diagnostic(NOT_CUT, f"{qualified_name}: {cut.reason}", analysis.call_span))
+    cls = analysis.members.cls
+    stem = snake(cls.name.removesuffix("Pipeline"))
+    known = dict(denoisers) if isinstance(denoisers, Mapping) else {d.component: d for d in denoisers}
+    used = used_components(analysis)
+    ported = [known.get(c.name) or _conventional(c) for c in analysis.denoisers if c.name in used]
+    lost = unresolved(analysis, cut)
+    if lost:
+        raise PorterError(
+            Diagnostic(
+                NOT_LOADED,
+                f"{qualified_name}: nothing in a port sets {', '.join(f'self.{n}' for n in lost)}",
+                analysis.call_span,
+            )
+        )
+    bound = {p.name for p in analysis.parameters if p.place != "refused"} | writes(cut.encode)
+    unbound = live_before(cut.encode) - bound
+    if unbound:
+        raise PorterError(
+            Diagnostic(
+                NOT_REACHED, f"{qualified_name}: {', '.join(sorted(unbound))} is read but never set", analysis.call_span
+            )
+        )
+    finish = post_process(library, analysis, f"get_{stem}_post_process_func")
+    batch = batching(analysis)
+    nodes = _definitions(library, analysis, cut, ported, finish, batch is None, tables, ruleset)
+    features = {
+        "cfg_parallel": _cfg_feature(analysis),
+        "step_execution": Feature("generated") if cut.stepwise is None else Feature("unsupported", cut.stepwise.reason),
+        "request_batch": Feature("generated") if batch is None else Feature("unsupported", batch.reason),
+    }
+    return PipelinePort(
+        source=f"diffusers.{cls.name}", arch=cls.name, module=f"pipeline_{stem}", cls=cls.name,
+        unit=Unit(tuple(nodes), cls.name), parameters=analysis.parameters, features=features, pre_process=None,
+        post_process=f"get_{stem}_post_process_func" if finish is not None else None, denoisers=tuple(ported),
+        denoiser_reads=denoiser_reads(analysis),
+        diagnostics=analysis.diagnostics, statuses=analysis.statuses,
+        siblings={f"{SIBLING}.{d.module}.{d.cls}": d.cls for d in ported},
+    )  # fmt: skip
+
+
+def _cfg_feature(analysis: Analysis) -> Feature:
+    guide = analysis.guidance
+    if isinstance(guide, Unknown):
+        return Feature("unsupported", guide.reason)
+    return Feature("generated") if guide.negative is not None else Feature("unsupported", "one call per step")
+
+
+def _conventional(component: Component) -> Denoiser:
+    source = component.classes[0] if component.classes else component.name
+    cls = source.rpartition(".")[2]
+    stem = re.sub(r"(Transformer(2D|3D|1D)?(Model|DModel)?|DiT|Model)$", "", cls)
+    return Denoiser(component.name, source, f"{snake(stem)}_transformer", cls)
+
+
+def _definitions(
+    library: Library,
+    analysis: Analysis,
+    cut: Pieces,
+    ported: Sequence[Denoiser],
+    finish: Sequence[cst.BaseStatement] | None,
+    batches: bool,
+    tables: Tables,
+    ruleset: RuleSet | None,
+) -> list[Definition]:
+    cls = analysis.members.cls
+    home = lambda name, node: Definition(name, node, cls.module, cls.file)  # noqa: E731
+    shell = _class(analysis, cut, ported, batches, tables)
+    carried = module_definitions(library, analysis.members, [*code_nodes(analysis), *kept_constructor(analysis)])
+    packages = optional_packages(library, analysis.members)
+    out = [import_where_used(d, packages) for d in clean(carried, ruleset).definitions]
+    vae = _vae_table(analysis, tables)
+    for each in render("pipeline/load_component.py.jinja", {}, vae_classes=bool(vae), vae_table=_vae_text(vae)):
+        out.append(home(each.name.value, each))  # type: ignore[attr-defined]
+    if finish is not None:
+        out += [home(f.name.value, f) for f in finish]  # type: ignore[attr-defined]
+    out.append(import_where_used(home(cls.name, shell), packages))
+    return out
+
+
+def _vae_table(analysis: Analysis, tables: Tables) -> dict[str, str]:
+    used = used_components(analysis)
+    return {
+        c.rpartition(".")[2]: tables.vae[c]
+        for part in analysis.components
+        if part.name in used
+        for c in part.classes
+        if c in tables.vae
+    }
+
+
+def _vae_text(table: Mapping[str, str]) -> str:
+    return "{" + ", ".join(f'"{name}": {absolute(cls)}' for name, cls in sorted(table.items())) + "}"
+
+
+def _class(
+    analysis: Analysis, cut: Pieces, ported: Sequence[Denoiser], batches: bool, tables: Tables
+) -> cst.BaseStatement:
+    cls = analysis.members.cls
+    used = used_components(analysis)
+    parts = [c for c in analysis.components if c.name in used]
+    steps = next((p.default for p in analysis.parameters if p.name == "num_inference_steps"), None)
+    read = {p.name for p in analysis.parameters if p.place != "refused"}
+    taken = [p for p in analysis.parameters if p.name in read and _is_read(analysis, cut, p.name)]
+    arguments = {a.name.value: a for a in analysis.arguments}
+    slots = {
+        "class_statements": class_statements(analysis),
+        "constructor": kept_constructor(analysis), "helpers": [h.node for h in analysis.helpers],
+        "encode": cut.encode, "predict": cut.predict, "overrides": cut.overrides, "step": cut.step, "decode": cut.decode,
+        "step_scheduler": cut.step_scheduler,
+    }  # fmt: skip
+    names = [p.name for p in taken]
+    loop = analysis.regions.loop
+    (node,) = render(
+        "pipeline/pipeline.py.jinja", slots, cls=cls.name, doc=_docstring(analysis), batches=batches,
+        steps=cut.stepwise is None, default_steps=steps,
+        dit_modules=_texts(d.component for d in ported),
+        encoder_modules=_texts(c.name for c in parts if c.role in ("text_encoder", "image_encoder")),
+        vae_modules=_texts(c.name for c in parts if c.role == "vae"),
+        profiler_targets=_texts(_targets(parts)),
+        refused="{" + ", ".join(f'"{p.name}": {p.reason!r}' for p in analysis.parameters if p.place == "refused") + "}",
+        text_arguments=_tuple(n for n in names if is_text(arguments[n]) and _place(analysis, n) == "prompt"),
+        tensor_arguments=_tuple(n for n in names if is_tensor(arguments[n])),
+        loaded=[_loaded(c) for c in parts if c.loads and c.role != "denoiser"],
+        values=[c for c in parts if not c.loads],
+        denoisers=[_denoiser(d, analysis) for d in ported], dummy="num_frames" in names,
+        outputs=next((p.name for p in taken if p.place == "outputs"), None),
+        plain_sampling=[p for p in taken if p.place == "sampling" and _sampling(p, tables) is None],
+        filled_sampling=[
+            {"name": p.name, "expression": _sampling(p, tables)}
+            for p in taken if p.place == "sampling" and _sampling(p, tables) is not None
+        ],
+        prompts=[p for p in taken if p.place == "prompt"], media=[p for p in taken if p.place == "media"],
+        extra=[p for p in taken if p.place == "extra"],
+        signature=[_parameter(arguments[p.name]) for p in taken],
+        loop_inputs=cut.loop_inputs, predict_inputs=cut.predict_inputs, decode_inputs=cut.decode_inputs,
+        decode_signature=cut.decode_signature, noise=cut.noise, returned=cut.returned,
+        prediction=", ".join([cut.noise, *cut.extras]),
+        prediction_type=" -> " + absolute("torch.Tensor") if not cut.extras else "",
+        diffuse_returns=" -> " + absolute("torch.Tensor"),
+        loop_target=_target(loop.index, loop.timestep, cut), result=code(analysis.tail.result),
+        step_value={n: _step_value(n, loop.index, loop.timestep) for n in cut.predict_inputs},
+    )  # fmt: skip
+    return node
+
+
+def _denoiser(denoiser: Denoiser, analysis: Analysis) -> dict[str, object]:
+    component = next(c for c in analysis.denoisers if c.name == denoiser.component)
+    main = "od_config.tf_model_config"
+    config_class = absolute("vllm_omni.diffusion.data.TransformerConfig")
+    own = f'{config_class}.from_dict(read_json(od_config, "{denoiser.component}/config.json"))'
+    return {
+        "component": denoiser.component, "optional": component.optional,
+        "symbol": absolute(f"{SIBLING}.{denoiser.module}.{denoiser.cls}"),
+        "config": main if denoiser.component == "transformer" else own,
+    }  # fmt: skip
+
+
+def _place(analysis: Analysis, name: str) -> str:
+    return next(p.place for p in analysis.parameters if p.name == name)
+
+
+def _step_value(name: str, index: str | None, timestep: str) -> str:
+    special = {timestep: "state.current_timestep", "latents": "state.latents", "timesteps": "state.timesteps"}
+    if index:
+        special[index] = "state.step_index"
+    return special.get(name) or f'inputs["{name}"]'
+
+
+def _target(index: str | None, timestep: str, cut: Pieces) -> str:
+    needed = index is not None and index in (*cut.predict_inputs, *cut.step_inputs)
+    return f"{index}, {timestep} in enumerate(timesteps)" if needed else f"{timestep} in timesteps"
+
+
+def _is_read(analysis: Analysis, cut: Pieces, name: str) -> bool:
+    from porter.facts.pipeline.liveness import uses
+
+    return name in {*cut.loop_inputs, *cut.decode_inputs} or any(name in uses(s) for s in cut.encode)
+
+
+def _sampling(parameter: Parameter, tables: Tables) -> str | None:
+    """Expression for a sampling field that may hold the engine's own filler; None if the field is plain."""
+    flag, field = tables.given_by.get(parameter.key), f"sampling.{parameter.key}"
+    if flag is not None:
+        return f"{field} if sampling.{flag} else None"
+    if parameter.filler is None or str(parameter.filler) == parameter.default:
+        return None
+    if parameter.name == "num_frames":
+        return f"{field} if is_dummy_run or {field} != {parameter.filler!r} else None"
+    return f"{field} if {field} != {parameter.filler!r} else None"
+
+
+def _parameter(parameter: cst.Param) -> str:
+    default = code(parameter.default) if parameter.default is not None else None
+    annotation = f": {strip(code(parameter.annotation.annotation))}" if parameter.annotation is not None else ""
+    equals = f"{' = ' if annotation else '='}{default}" if default is not None else ""
+    return f"{parameter.name.value}{annotation}{equals}"
+
+
+def _docstring(analysis: Analysis) -> str:
+    owner = analysis.members.cls
+    first = body(owner.node)[0] if body(owner.node) else None
+    if isinstance(first, cst.SimpleStatementLine) and isinstance(first.body[0], cst.Expr):
+        value = first.body[0].value
+        if isinstance(value, cst.SimpleString):
+            lines = str(value.evaluated_value).strip().split("\n\n")[0].split("\n")
+            return " ".join(line.strip() for line in lines).replace('"', "'")
+    return f"Port of Diffusers' {owner.name}."
+
+
+def _texts(names) -> str:  # noqa: ANN001 - iterable of str
+    return "[" + ", ".join(f'"{n}"' for n in names) + "]"
+
+
+def _tuple(names) -> str:  # noqa: ANN001 - iterable of str
+    return "(" + "".join(f'"{n}", ' for n in names) + ")"
+
+
+def _targets(parts: Sequence[Component]) -> list[str]:
+    encoders = [f"{c.name}.forward" for c in parts if c.role in ("text_encoder", "image_encoder")]
+    return [*encoders, "diffuse", *(f"{c.name}.decode" for c in parts if c.role == "vae")]
+
+
+def _loaded(component: Component) -> dict[str, object]:
+    weights = component.role in ("text_encoder", "image_encoder", "vae", "module")
+    key = "torch_dtype" if any(c.startswith("diffusers.") for c in component.classes) else "dtype"
+    return {
+        "name": component.name, "optional": component.optional, "to": ".to(device)" if weights else "",
+        "dtype": f", {key}=od_config.dtype" if weights else "",
+    }  # fmt: skip

@@ -1,0 +1,58 @@
+"""Statement clean-up: the rules of `rules/pipeline` (and those that hold for any code), run over a pipeline's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import libcst as cst
+
+from porter.engine import RuleSet, load_rules, run_rules
+from porter.facts.pipeline import Members
+from porter.model import Definition, Diagnostic, SiteStatus, Unit
+from porter.source.tree import find, replace_nodes, self_attribute
+
+SCOPES = ("pipeline", "any")
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """Definitions after the rules, and how each site ended."""
+
+    definitions: tuple[Definition, ...]
+    statuses: tuple[SiteStatus, ...]
+    diagnostics: tuple[Diagnostic, ...]
+
+
+def clean(definitions: Iterable[Definition], ruleset: RuleSet | None) -> Cleaned:
+    """Run the normalising rules. Definitions of the same name are kept apart by running one unit per class."""
+    rules = ruleset if ruleset is not None else load_rules()
+    chosen = rules.only(*(r.id for r in rules.rules if r.spec.scope in SCOPES))
+    out: list[Definition] = []
+    statuses: list[SiteStatus] = []
+    diagnostics: list[Diagnostic] = []
+    for definition in definitions:
+        unit = Unit((definition,), definition.name)
+        outcome = run_rules(unit, chosen, phase="normalize", scope="pipeline")
+        out += outcome.unit.definitions
+        statuses += outcome.statuses
+        diagnostics += outcome.diagnostics
+    return Cleaned(tuple(out), tuple(statuses), tuple(diagnostics))
+
+
+def bind_to_port(members: Members, denoisers: Collection[str], values: Collection[str]) -> Members:
+    """What Diffusers keeps elsewhere and a port keeps on itself.
+
+    `self.<denoiser>.dtype` is `self.dtype`: a ported denoiser may hold quantised weights, its dtype is the engine's.
+    `self.config.<value>`, registered from the constructor, is `self.<value>`, read from model_index.json.
+    """
+    classes = []
+    for definition in members.classes:
+        edits: list[tuple[cst.CSTNode, object]] = []
+        for node in find(definition.node, cst.Attribute):
+            owner, name = self_attribute(node.value), node.attr.value
+            if (name == "dtype" and owner in denoisers) or (owner == "config" and name in values):
+                edits.append((node, cst.Attribute(cst.Name("self"), cst.Name(name))))
+        classes.append(definition.with_node(cast(cst.CSTNode, replace_nodes(definition.node, edits))))
+    return Members(tuple(classes))

@@ -1,0 +1,119 @@
+"""Turn per-call attributes of the pipeline object into local variables of the call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import libcst as cst
+
+from porter.facts.pipeline.call_state import CallState
+from porter.facts.pipeline.liveness import writes
+from porter.facts.pipeline.members import self_reads
+from porter.source.marks import inherit
+from porter.source.tree import find, normal, self_attribute
+
+
+@dataclass(frozen=True, slots=True)
+class Localised:
+    """The statements, and the attributes that had to stay on the object (a helper method reads them)."""
+
+    statements: tuple[cst.BaseStatement, ...]
+    kept: frozenset[str]
+
+
+def localise(
+    statements: Sequence[cst.BaseStatement],
+    state: CallState,
+    parameters: frozenset[str],
+    read_elsewhere: frozenset[str],
+) -> Localised:
+    """Replace `self._x` and the properties over it by locals, except for what `read_elsewhere` names."""
+    kept = {a for a in state.attributes if a in read_elsewhere}
+    for name, value in state.properties.items():
+        if name in read_elsewhere:
+            kept |= self_reads(value) & set(state.attributes)
+    names: dict[str, str] = {}
+    local = writes(statements)
+    for attribute in state.attributes:
+        name = attribute.lstrip("_")
+        taken = name in local or (name in parameters and not _set_from(statements, attribute, name))
+        if attribute in kept:
+            continue
+        names[attribute] = f"call_{name}" if taken and not _only_set_from(statements, attribute, name, local) else name
+    plain = {p: v for p, v in state.properties.items() if self_attribute(v) in names}
+    computed = {
+        p: v
+        for p, v in state.properties.items()
+        if p not in plain and self_reads(v) & set(state.attributes) <= set(names) and p not in read_elsewhere
+    }
+    rewriter = _Rewrite(names, {p: names[self_attribute(v) or ""] for p, v in plain.items()}, set(computed))
+    out: list[cst.BaseStatement] = []
+    pending = {p: self_reads(v) & set(state.attributes) for p, v in computed.items() if _read(statements, p)}
+    seen: set[str] = set()
+    for statement in statements:
+        concerned = bool(self_reads(statement) & rewriter.names.keys())
+        new = cast(cst.BaseStatement, statement.visit(rewriter)) if concerned else statement
+        if not _is_self_assignment(new):
+            out.append(new)
+        seen |= _assigned(statement)
+        for name in [p for p, needs in pending.items() if needs <= seen]:
+            value = cast(cst.BaseExpression, computed[name].visit(rewriter))
+            out.append(inherit(_assignment(name, value), statement, "call-state-to-locals"))
+            del pending[name]
+    return Localised(tuple(out), frozenset(kept))
+
+
+def _read(statements: Sequence[cst.BaseStatement], name: str) -> bool:
+    return any(name in self_reads(s) for s in statements)
+
+
+def _assigned(statement: cst.BaseStatement) -> set[str]:
+    found = set()
+    for assign in find(statement, cst.Assign):
+        found |= {a for t in assign.targets if (a := self_attribute(t.target)) is not None}
+    return found
+
+
+def _set_from(statements: Sequence[cst.BaseStatement], attribute: str, name: str) -> bool:
+    return any(
+        self_attribute(t.target) == attribute and isinstance(a.value, cst.Name) and a.value.value == name
+        for s in statements
+        for a in find(s, cst.Assign)
+        for t in a.targets
+    )
+
+
+def _only_set_from(statements: Sequence[cst.BaseStatement], attribute: str, name: str, local: frozenset[str]) -> bool:
+    """The attribute mirrors a local of the same name that is written only before it is stored."""
+    stored = False
+    for statement in statements:
+        if name in writes([statement]) and stored:
+            return False
+        if attribute in _assigned(statement):
+            stored = True
+            if not _set_from([statement], attribute, name):
+                return False
+    return name in local
+
+
+def _is_self_assignment(statement: cst.BaseStatement) -> bool:
+    if not isinstance(statement, cst.SimpleStatementLine) or not isinstance(statement.body[0], cst.Assign):
+        return False
+    assign = statement.body[0]
+    return len(assign.targets) == 1 and normal(assign.targets[0].target) == normal(assign.value)
+
+
+def _assignment(name: str, value: cst.BaseExpression) -> cst.SimpleStatementLine:
+    return cst.SimpleStatementLine([cst.Assign([cst.AssignTarget(cst.Name(name))], value)])
+
+
+class _Rewrite(cst.CSTTransformer):
+    def __init__(self, attributes: dict[str, str], properties: dict[str, str], computed: set[str]) -> None:
+        super().__init__()
+        self.names = {**attributes, **properties, **{c: c for c in computed}}
+
+    def leave_Attribute(self, original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
+        name = self_attribute(original)
+        return cst.Name(self.names[name]) if name in self.names else updated

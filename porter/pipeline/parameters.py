@@ -1,0 +1,54 @@
+"""Which place of a request carries each `__call__` parameter: one rule, five steps in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import libcst as cst
+
+from porter.pipeline.model import Parameter, Place
+from porter.pipeline.tables import Tables
+from porter.source.tree import code
+
+_NOT_MEDIA = frozenset({"embeds", "latents", "prompt", "scale", "size", "resolution", "strength", "guidance", "kwargs"})
+
+
+def request_parameters(parameters: Iterable[cst.Param], tables: Tables) -> tuple[Parameter, ...]:
+    """The mapping of all parameters, refused ones included."""
+    return tuple(_parameter(p, tables) for p in parameters)
+
+
+def _parameter(parameter: cst.Param, tables: Tables) -> Parameter:
+    name = parameter.name.value
+    default = code(parameter.default) if parameter.default is not None else None
+    if name in tables.refused:
+        return Parameter(name, "refused", name, default, reason=tables.refused[name])
+    if name in tables.outputs:
+        return Parameter(name, "outputs", "num_outputs_per_prompt", default)
+    if name in tables.sampling:
+        return Parameter(name, "sampling", name, default, tables.sampling[name])
+    return Parameter(name, _place(name, tables), name, default)
+
+
+def _place(name: str, tables: Tables) -> Place:
+    words = set(name.split("_"))
+    if "prompt" in words:
+        return "prompt"
+    if words & tables.media_words and not words & _NOT_MEDIA:
+        return "media"
+    return "extra"
+
+
+def is_text(parameter: cst.Param) -> bool:
+    """Whether a request may give one string for this parameter where a call with many prompts gives a list."""
+    if parameter.annotation is None:
+        return parameter.name.value in ("prompt", "negative_prompt")
+    text = code(parameter.annotation.annotation)
+    return "str" in text and "Tensor" not in text
+
+
+def is_tensor(parameter: cst.Param) -> bool:
+    """Whether a call with many prompts takes this parameter as one tensor with a leading batch dimension."""
+    text = code(parameter.annotation.annotation) if parameter.annotation is not None else ""
+    name = parameter.name.value
+    return "Tensor" in text and ("prompt" in name or name.endswith("latents") or "embeds" in name)

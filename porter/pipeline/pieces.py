@@ -1,0 +1,154 @@
+"""The pieces of a generated pipeline, from its regions: inputs and outputs of each, and the code of predict and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import libcst as cst
+
+from porter.facts.pipeline import Guidance
+from porter.facts.pipeline.liveness import always_writes, live_before, uses, writes
+from porter.facts.pipeline.members import self_reads
+from porter.model import Unknown
+from porter.pipeline.analysis import Analysis, step_call
+from porter.pipeline.predicting import branch_reads, call_reads, predict_code, returns
+from porter.pipeline.stepping import plain_step, step_code
+from porter.source.marks import inherit
+from porter.source.tree import find, statement
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Code and data flow between the generated methods. Names are in a stable, readable order."""
+
+    encode: tuple[cst.BaseStatement, ...]
+    predict: tuple[cst.BaseStatement, ...]
+    overrides: tuple[cst.BaseStatement, ...]
+    step: tuple[cst.BaseStatement, ...]
+    step_scheduler: tuple[cst.BaseStatement, ...]
+    decode: tuple[cst.BaseStatement, ...]
+    noise: str
+    extras: tuple[str, ...]
+    carried: tuple[str, ...]
+    returned: str
+    loop_inputs: tuple[str, ...]
+    predict_inputs: tuple[str, ...]
+    decode_inputs: tuple[str, ...]
+    step_inputs: tuple[str, ...]
+    splits: bool
+    stepwise: Unknown | None
+
+    @property
+    def decode_signature(self) -> tuple[str, ...]:
+        return (self.returned, *self.decode_inputs)
+
+
+def pieces(analysis: Analysis) -> Pieces | Unknown:
+    """Cut the pieces; Unknown if the loop hands more than one value from its prediction to its step."""
+    cut, loop = analysis.regions, analysis.regions.loop
+    loop_names = {n for n in (loop.index, loop.timestep) if n}
+    decode, result = analysis.tail.statements, analysis.tail.result
+    after_loop = live_before([*decode, returns(result)])
+    guide = analysis.guidance
+    moved = guide.after if isinstance(guide, Guidance) else ()
+    step = (*moved, *cut.step)
+    head = branch_reads(guide) if isinstance(guide, Guidance) else (*cut.predict, *cut.guide)
+    whole = [*cut.predict, *cut.guide, *cut.step]
+    written = writes(whole)
+    top = set(live_before(whole, after_loop | live_before(whole))) - loop_names
+    carried = _ordered(written & (top | (after_loop & written)), cut.step)
+    before_step = live_before(step, after_loop | top)
+    handed = (before_step & writes(head)) - loop_names
+    noise = step_noise(analysis)
+    if noise is None:
+        return Unknown("the scheduler steps with an expression")
+    extras = [n for n in _ordered(handed, step) if n != noise]
+    returned = [n for n in carried if n in after_loop]
+    if len(returned) != 1:
+        return Unknown(f"the loop hands {', '.join(returned) or 'nothing'} to the end of the call")
+    predict_live = live_before(head, [noise, *extras]) | (
+        live_before(call_reads(guide), []) if isinstance(guide, Guidance) else set()
+    )
+    read = {n for each in whole for n in uses(each)}
+    inputs = [n for n in _ordered(top | loop_names, whole) if n in predict_live]
+    reads = {n for each in step for n in uses(each)}
+    step_inputs = [n for n in _ordered(before_step & reads, step) if n not in (noise, *extras)]
+    loop_inputs = [*carried, "timesteps", *[n for n in _ordered(top & read, whole) if n not in (*carried, "timesteps")]]
+    decode_inputs = [n for n in _ordered(after_loop, decode) if n != returned[0]]
+    encode = _initialise(analysis, [*loop_inputs, *decode_inputs])
+    predict, overrides = predict_code(analysis, noise, extras)
+    simple = plain_step(step, step_call(cut), noise, loop.timestep, returned[0])
+    steps, scheduler_code, more = step_code(
+        step, simple, analysis, noise, [n for n in extras if n in reads], carried, step_inputs
+    )
+    stepwise = _stepwise(analysis, carried, extras)
+    return Pieces(
+        tuple(encode), tuple(predict), (*overrides, *more), tuple(steps), tuple(scheduler_code), tuple(decode), noise,
+        tuple(extras), tuple(carried), returned[0], tuple(loop_inputs), tuple(inputs), tuple(decode_inputs), tuple(step_inputs),
+        isinstance(guide, Guidance), stepwise,
+    )  # fmt: skip
+
+
+def _stepwise(analysis: Analysis, carried: Sequence[str], extras: Sequence[str]) -> Unknown | None:
+    """Why the engine's step execution can't run the loop; None if it can."""
+    if list(carried) != ["latents"]:
+        return Unknown(f"the loop carries {', '.join(carried)}, a step state carries latents")
+    if extras:
+        return Unknown(f"the scheduler step also reads {', '.join(extras)}, computed beside the prediction")
+    helpers = {h.name: h.node for h in analysis.helpers}
+    pending = [n for each in (*analysis.regions.predict, *analysis.regions.guide, *analysis.regions.step)
+               for n in self_reads(each)]  # fmt: skip
+    seen: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name in analysis.kept_state:
+            return Unknown(f"the loop reads self.{name}, which belongs to one call")
+        if name in helpers and name not in seen:
+            seen.add(name)
+            pending += self_reads(helpers[name])
+    return None
+
+
+def _ordered(names: Iterable[str], where: Sequence[cst.BaseStatement]) -> list[str]:
+    """Names in the order in which the statements mention them."""
+    wanted = set(names)
+    seen: dict[str, None] = {}
+    for each in where:
+        for node in find(each, cst.Name):
+            if node.value in wanted:
+                seen.setdefault(node.value)
+    return [*seen, *sorted(wanted - set(seen))]
+
+
+def step_noise(analysis: Analysis) -> str | None:
+    """The variable that the scheduler steps with."""
+    call = step_call(analysis.regions)
+    if call is None:
+        return None
+    value = call.args[0].value
+    for arg in call.args:
+        if arg.keyword is not None and arg.keyword.value == "model_output":
+            value = arg.value
+    guide = analysis.guidance
+    if isinstance(guide, Guidance):
+        return guide.positive.result
+    return value.value if isinstance(value, cst.Name) else None
+
+
+def _initialise(analysis: Analysis, wanted: Sequence[str]) -> list[cst.BaseStatement]:
+    """The encode region, with `x = None` ahead of variables that only some paths bind."""
+    out = list(analysis.regions.encode)
+    loop = analysis.regions.loop
+    if not (isinstance(loop.iterable, cst.Name) and loop.iterable.value == "timesteps"):
+        out.append(statement("timesteps = value", value=loop.iterable))
+    bound = {p.name.value for p in analysis.arguments} | always_writes(out)
+    for name in [n for n in wanted if n not in bound and n in writes(out)]:
+        place = next(i for i, s in enumerate(out) if name in writes([s]))
+        following = out[place]
+        new = inherit(statement(f"{name} = None"), following, "initialise-optional")
+        out[place : place + 1] = [
+            new.with_changes(leading_lines=following.leading_lines),  # type: ignore[attr-defined]
+            following.with_changes(leading_lines=[]),
+        ]
+    return out

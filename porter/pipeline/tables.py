@@ -1,0 +1,43 @@
+"""The tables under `rules/symbols` that the pipeline half reads: request fields, refused parameters, engine classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+from porter.resources import RULES
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Parsed tables. `sampling` maps a field to the value it has when the caller gave none."""
+
+    sampling: Mapping[str, object]
+    given_by: Mapping[str, str]
+    outputs: frozenset[str]
+    refused: Mapping[str, str]
+    media_words: frozenset[str]
+    vae: Mapping[str, str]
+
+
+@lru_cache(maxsize=4)
+def load_tables(root: Path = RULES / "symbols") -> Tables:
+    """Read the tables once."""
+
+    def read(name: str) -> dict:
+        return yaml.safe_load((root / name).read_text(encoding="utf-8"))
+
+    request, vae = read("request_parameters.yaml"), read("distributed_vae.yaml")
+    refused = {name: reason for reason, names in request["refused"].items() for name in names}
+    return Tables(
+        sampling=request["sampling"],
+        given_by=request["given_by"],
+        outputs=frozenset(request["outputs"]),
+        refused=refused,
+        media_words=frozenset(request["media_words"]),
+        vae=vae["classes"],
+    )

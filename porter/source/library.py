@@ -1,0 +1,304 @@
+"""The pinned Diffusers source as a library of definitions, read as text and never imported.
+
+A file is indexed with Python's own parser (fast, whole file); only the definitions a port needs are parsed with
+LibCST, rewritten to absolute names and marked with their lines.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from porter.model import Definition, Diagnostic, PorterError, Span, Unknown
+from porter.source import outline
+from porter.source.absolutise import Resolver, absolutise
+from porter.source.names import DOT
+
+PACKAGE = "diffusers"
+
+
+@dataclass(frozen=True, slots=True)
+class TopLevel:
+    """One top-level class, function or assignment of a file; lines count from 1, decorators and comments included."""
+
+    name: str
+    kind: str
+    first_line: int
+    line: int
+    last_line: int
+
+
+class ModuleSource:
+    """One source file: text, what it defines and what it imports."""
+
+    def __init__(self, name: str, path: Path, root: Path) -> None:
+        self.name = name
+        self.path = path
+        self.file = path.relative_to(root).as_posix()
+        self.is_package = path.name == "__init__.py"
+        self.text = path.read_text(encoding="utf-8")
+        self._nodes: dict[str, ast.stmt | None] = {}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, as recorded in `port.json`."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @cached_property
+    def lines(self) -> list[str]:
+        return self.text.splitlines(keepends=True)
+
+    @cached_property
+    def _chunks(self) -> list[outline.Chunk]:
+        return outline.chunks(self.lines)
+
+    @cached_property
+    def _tree(self) -> ast.Module:
+        try:
+            return ast.parse(self.text)
+        except SyntaxError as error:
+            raise PorterError(
+                Diagnostic("PORT101", f"the source does not parse: {error.msg}", Span(self.file, error.lineno or 1))
+            ) from None
+
+    @cached_property
+    def _blocks(self) -> list[ast.stmt]:
+        """Import statements and module-level blocks, parsed."""
+        wanted = [
+            chunk
+            for chunk in self._chunks
+            if outline.is_import(line := self.lines[chunk.start - 1]) or outline.is_block(line)
+        ]
+        text = ["\n"] * len(self.lines)  # what is left out stays as blank lines, so that line numbers hold
+        for chunk in wanted:
+            text[chunk.first - 1 : chunk.last] = self.lines[chunk.first - 1 : chunk.last]
+        try:
+            return ast.parse("".join(text)).body
+        except SyntaxError:
+            return [n for n in self._tree.body if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+
+    @cached_property
+    def definitions(self) -> Mapping[str, TopLevel]:
+        """Top-level names; definitions inside module-level `if`/`try` count, the first one wins."""
+        found: dict[str, TopLevel] = {}
+        for chunk in self._chunks:
+            line = self.lines[chunk.start - 1]
+            name = outline.defined(line)
+            if name is not None and not outline.is_import(line) and not outline.is_block(line):
+                kind = (
+                    "ClassDef"
+                    if line.startswith("class ")
+                    else "Assign"
+                    if not line.startswith(("def ", "async "))
+                    else "FunctionDef"
+                )
+                found.setdefault(name, TopLevel(name, kind, chunk.first, chunk.start, chunk.last))
+        for node in _module_level(self._blocks):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)):
+                for name in _names(node):
+                    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+                    found.setdefault(
+                        name, TopLevel(name, type(node).__name__, first, node.lineno, node.end_lineno or first)
+                    )
+        return found
+
+    def node(self, name: str) -> ast.stmt | None:
+        """Python's own tree of one top-level definition."""
+        if name not in self._nodes:
+            self._nodes[name] = self._parsed(name)
+        return self._nodes[name]
+
+    def _parsed(self, name: str) -> ast.stmt | None:
+        entry = self.definitions.get(name)
+        if entry is None:
+            return None
+        chunk = outline.Chunk(entry.first_line, entry.last_line, entry.line)
+        try:
+            (node,) = outline.statements(self.lines, chunk)
+        except (SyntaxError, ValueError):
+            return next((n for n in _module_level(self._tree.body) if name in _names(n)), None)
+        return node
+
+    @cached_property
+    def imports(self) -> Mapping[str, str]:
+        """Local name -> qualified name, for module-level imports (also under TYPE_CHECKING and availability guards)."""
+        found: dict[str, str] = {}
+        for node in _module_level(self._blocks):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    found[alias.asname or alias.name.split(".")[0]] = (
+                        alias.name if alias.asname else alias.name.split(".")[0]
+                    )
+            elif isinstance(node, ast.ImportFrom):
+                base = self.base(node)
+                for alias in node.names:
+                    found.setdefault(alias.asname or alias.name, f"{base}.{alias.name}" if base else alias.name)
+        return found
+
+    def base(self, node: ast.ImportFrom) -> str:
+        """Absolute module name of a `from ... import`."""
+        if not node.level:
+            return node.module or ""
+        parts = self.name.split(".")
+        parts = parts[: len(parts) - node.level + (1 if self.is_package else 0)]
+        return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _names(node: ast.stmt) -> list[str]:
+    """Names a statement defines."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        return [node.name]
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return [t.id for t in targets if isinstance(t, ast.Name)]
+    return []
+
+
+def _module_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        yield node
+        for block in ("body", "orelse", "finalbody"):
+            if isinstance(node, (ast.If, ast.Try)):
+                yield from _module_level(getattr(node, block, []))
+        if isinstance(node, ast.Try):
+            for handler in node.handlers:
+                yield from _module_level(handler.body)
+
+
+@dataclass
+class Library:
+    """Diffusers source under `root` (the folder that holds `__init__.py`). Caches what it read."""
+
+    root: Path
+    version: str
+    _modules: dict[str, ModuleSource | None] = field(default_factory=dict)
+    _canonical: dict[str, str] = field(default_factory=dict)
+    _definitions: dict[str, Definition] = field(default_factory=dict)
+
+    def module(self, name: str) -> ModuleSource | None:
+        """The module of that qualified name, or None if the library has no such file."""
+        if name not in self._modules:
+            relative = Path(*name.split(".")[1:])
+            package, file = self.root / relative / "__init__.py", self.root / f"{relative}.py"
+            path = package if package.is_file() else file if file.is_file() else None
+            known = name == PACKAGE or name.startswith(PACKAGE + ".")
+            self._modules[name] = ModuleSource(name, path, self.root) if known and path else None
+        return self._modules[name]
+
+    def canonical(self, name: str) -> str:
+        """Follow re-exports to the module that defines `name`; a name from elsewhere is returned as it is."""
+        if not name.startswith(PACKAGE + "."):
+            return name
+        if name not in self._canonical:
+            self._canonical[name] = name  # a cycle of re-exports ends here
+            self._canonical[name] = self._follow(name)
+        return self._canonical[name]
+
+    def _follow(self, name: str) -> str:
+        if self.module(name) is not None:
+            return name
+        parent, _, last = name.rpartition(".")
+        module = self.module(parent)
+        if module is None:
+            owner = self.canonical(parent) if "." in parent else parent
+            return f"{owner}.{last}" if owner != parent else name
+        if last in module.definitions and not (module.is_package and last in module.imports):
+            return name
+        target = module.imports.get(last)
+        return self.canonical(target) if target and target != name else name
+
+    def entry(self, name: str) -> TopLevel | None:
+        """Index entry of a canonical qualified name."""
+        parent, _, last = name.rpartition(".")
+        module = self.module(parent) if parent else None
+        return module.definitions.get(last) if module else None
+
+    def definition(self, name: str) -> Definition | Unknown:
+        """The absolute, line-marked tree of a top-level definition."""
+        name = self.canonical(name)
+        if name not in self._definitions:
+            entry = self.entry(name)
+            parent, _, last = name.rpartition(".")
+            module = self.module(parent)
+            source = module.node(last) if module is not None else None
+            if entry is None or module is None or source is None:
+                return Unknown(f"{name} is not defined in this Diffusers source")
+            node = absolutise(source, entry, module, self)
+            self._definitions[name] = Definition(last, node, module.name, module.file)
+        return self._definitions[name]
+
+    def bases(self, name: str) -> tuple[str, ...]:
+        """Qualified names of a class's bases; of another package as they are imported."""
+        name = self.canonical(name)
+        parent, _, last = name.rpartition(".")
+        module = self.module(parent)
+        node = module.node(last) if module else None
+        if module is None or not isinstance(node, ast.ClassDef):
+            return ()
+        resolver = Resolver(module, self)
+        found = (resolver.chain(ast.unparse(base)) for base in node.bases)
+        return tuple(self.canonical(f.replace(DOT, ".")) for f in found if f)
+
+    def ancestors(self, name: str) -> tuple[str, ...]:
+        """All base classes, nearest first."""
+        seen: dict[str, None] = {}
+        pending = list(self.bases(name))
+        while pending:
+            base = pending.pop(0)
+            if base not in seen:
+                seen[base] = None
+                pending += self.bases(base)
+        return tuple(seen)
+
+    def is_class(self, name: str) -> bool:
+        entry = self.entry(self.canonical(name))
+        return entry is not None and entry.kind == "ClassDef"
+
+    def is_torch_module(self, name: str) -> bool:
+        """Whether instances are torch modules."""
+        return self.is_class(name) and "torch.nn.Module" in self.ancestors(name)
+
+    def span(self, name: str) -> Span | None:
+        """Where a qualified name is defined."""
+        entry = self.entry(self.canonical(name))
+        module = self.module(self.canonical(name).rpartition(".")[0])
+        return Span(module.file, entry.line) if entry and module else None
+
+    def digests(self) -> dict[str, str]:
+        """Digest of every file from which a definition was taken, by relative path."""
+        used = {d.module for d in self._definitions.values()}
+        return {m.file: m.digest for n in sorted(used) if (m := self.module(n)) is not None}
+
+
+def open_library(source: Path | None = None) -> Library:
+    """The Diffusers source to read: `source` (checkout, package folder or wheel unpacked) or the installed package.
+
+    Finding an installed package does not import it. Raises PorterError if there is none.
+    """
+    if source is None:
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None or not spec.origin:
+            raise PorterError(
+                Diagnostic("PORT001", "diffusers is not installed", advice="pip install --no-deps diffusers==0.40.0")
+            )
+        root = Path(spec.origin).parent
+    else:
+        options = [source, source / PACKAGE, source / "src" / PACKAGE]
+        found = next((p for p in options if (p / "__init__.py").is_file() and (p / "models").is_dir()), None)
+        if found is None:
+            raise PorterError(Diagnostic("PORT002", f"no Diffusers source in {source}"))
+        root = found
+    return Library(root, _version(root))
+
+
+def _version(root: Path) -> str:
+    for node in ast.parse((root / "__init__.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if node.targets[0].id == "__version__" and isinstance(node.value, ast.Constant):
+                return str(node.value.value)
+    raise PorterError(Diagnostic("PORT002", f"no __version__ in {root / '__init__.py'}"))

@@ -1,0 +1,107 @@
+"""Top-level structure of a Python file without parsing it whole.
+
+Following a re-export needs only to know what a file defines and imports; porting one class needs the text of that class.
+A full parse of the large shared modules costs more than everything else, so the file is cut into top-level chunks at
+lines that start in the first column. Strings in such a line position would break the cut; the caller parses what it
+uses and falls back to a whole parse if a chunk does not parse.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_DEFINES = re.compile(r"(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*(?::[^=]+)?=(?!=)")
+_BLOCK = re.compile(r"(?:if|else|elif|try|except|finally|for|with)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Lines `first`..`last` (from 1): one top-level statement with its decorators and the comments above it."""
+
+    first: int
+    last: int
+    start: int
+
+
+def chunks(lines: list[str]) -> list[Chunk]:
+    """Top-level statements in order. `start` is the first line that is not a comment or decorator."""
+    found: list[Chunk] = []
+    begin: int | None = None
+    start = 0
+    depth_text = False
+    quote = ""
+    for number, line in enumerate(lines, 1):
+        if depth_text:
+            depth_text = quote not in line
+            continue
+        head = line[:1]
+        top = bool(head) and head not in " \t\n\r)]}"
+        if top and head == "#":
+            if begin is None or start:
+                if start:
+                    found.append(Chunk(begin or number, _trimmed(lines, number - 1), start))
+                begin, start = number, 0
+        elif top and head == "@":
+            if start or begin is None:
+                if start:
+                    found.append(Chunk(begin or number, _trimmed(lines, number - 1), start))
+                begin, start = number, 0
+        elif top:
+            if start and not _continues(line):
+                found.append(Chunk(begin or start, _trimmed(lines, number - 1), start))
+                begin = None
+            if begin is None:
+                begin = number
+            if not (start and _continues(line)):
+                start = number
+        elif head == "\n" and begin is not None and not start:
+            begin = None  # a comment that stands alone
+        opened = _opens_text(line)
+        if opened:
+            depth_text, quote = True, opened
+    if start:
+        found.append(Chunk(begin or start, _trimmed(lines, len(lines)), start))
+    return found
+
+
+def _continues(line: str) -> bool:
+    return line.startswith(("else", "elif ", "except", "finally"))
+
+
+def _trimmed(lines: list[str], last: int) -> int:
+    while last > 0 and not lines[last - 1].strip():
+        last -= 1
+    return last
+
+
+def _opens_text(line: str) -> str:
+    """The quotes of a triple-quoted string that a line opens and does not close."""
+    for quote in ('"""', "'''"):
+        if line.count(quote) % 2 and ("#" not in line.split(quote)[0]):
+            return quote
+    return ""
+
+
+def defined(line: str) -> str | None:
+    """Name that a top-level line defines."""
+    found = _DEFINES.match(line)
+    return (found[1] or found[2]) if found else None
+
+
+def statements(lines: list[str], chunk: Chunk) -> Iterator[ast.stmt]:
+    """Statements of a chunk, with line numbers of the file. Raises SyntaxError."""
+    text = "".join(lines[chunk.first - 1 : chunk.last])
+    for node in ast.parse(text).body:
+        yield ast.increment_lineno(node, chunk.first - 1)
+
+
+def is_block(line: str) -> bool:
+    """Whether a top-level line opens a block that may define or import names (`if`, `try`)."""
+    return bool(_BLOCK.match(line))
+
+
+def is_import(line: str) -> bool:
+    return line.startswith(("import ", "from "))

@@ -1,0 +1,365 @@
+"""Small tools over LibCST trees: walking, quoting, comparing, printing.
+
+LibCST's own visitors look at whitespace, commas and parentheses too; most analyses want only the code, so `walk`
+skips those and is several times faster.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache
+from typing import Any, TypeVar, cast
+
+import libcst as cst
+
+Node = TypeVar("Node", bound=cst.CSTNode)
+
+_EMPTY = cst.Module([])
+_SKIPPED_FIELDS = frozenset({"lpar", "rpar", "comma", "lbracket", "rbracket", "leading_lines", "header", "footer",
+                             "trailing_whitespace", "lines_after_decorators", "semicolon", "equal"})  # fmt: skip
+_LAYOUT = (
+    cst.BaseParenthesizableWhitespace,
+    cst.Comma,
+    cst.TrailingWhitespace,
+    cst.EmptyLine,
+    cst.Newline,
+    cst.Comment,
+)
+
+
+def _find_code_fields(kind: Any) -> tuple[str, ...]:
+    """Names of the fields of a node class that hold code rather than layout."""
+    return tuple(
+        name
+        for name in kind.__dataclass_fields__
+        if name not in _SKIPPED_FIELDS and not name.startswith("whitespace") and not name.startswith("__")
+    )
+
+
+code_fields: Callable[[Any], tuple[str, ...]] = cache(_find_code_fields)
+
+
+def _find_is_code(kind: Any) -> bool:
+    """Whether values of a class are code nodes. LibCST's classes have ABCMeta: asking once per class is far cheaper."""
+    return issubclass(kind, cst.CSTNode) and not issubclass(kind, _LAYOUT)
+
+
+_is_code: Callable[[Any], bool] = cache(_find_is_code)
+
+
+def _find_among(kind: Any, wanted: tuple[type, ...]) -> bool:
+    return issubclass(kind, wanted)
+
+
+_among: Callable[[Any, tuple[type, ...]], bool] = cache(_find_among)
+
+
+def children(node: cst.CSTNode) -> list[cst.CSTNode]:
+    """Direct children that are code."""
+    found: list[cst.CSTNode] = []
+    for name in code_fields(type(node)):
+        value = getattr(node, name)
+        kind = type(value)
+        if kind is tuple or kind is list:
+            for item in value:
+                if _is_code(type(item)):
+                    found.append(item)
+        elif _is_code(kind):
+            found.append(value)
+    return found
+
+
+def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    """`node` and everything below it that is code, in source order (preorder)."""
+    stack = [node]
+    pop, extend = stack.pop, stack.extend
+    while stack:
+        top = pop()
+        yield top
+        below = children(top)
+        below.reverse()
+        extend(below)
+
+
+def find(node: cst.CSTNode, *kinds: type[Node], where: Callable[[Node], bool] | None = None) -> Iterator[Node]:
+    """Nodes of the given classes below `node`, in source order."""
+    for each in walk(node):
+        if _among(type(each), kinds) and (where is None or where(cast(Node, each))):
+            yield cast(Node, each)
+
+
+def code(node: cst.CSTNode) -> str:
+    """The text of one node."""
+    return _EMPTY.code_for_node(node)
+
+
+def normal(node: cst.CSTNode) -> str:
+    """Text without layout, comments and outer parentheses; equal for nodes that mean the same."""
+    return "".join(_tokens(node))
+
+
+def _tokens(node: cst.CSTNode) -> Iterator[str]:
+    kind = type(node).__name__
+    if isinstance(node, (cst.Name, cst.Integer, cst.Float, cst.Imaginary)):
+        yield node.value + " "
+        return
+    if isinstance(node, cst.SimpleString):
+        yield repr(literal_value(node.value))
+        return
+    yield kind + "("
+    for name in code_fields(type(node)):
+        if isinstance(node, cst.FormattedString) and name in ("start", "end"):
+            continue  # which quotes were chosen
+        value = getattr(node, name)
+        if isinstance(value, cst.CSTNode):
+            if not isinstance(value, _LAYOUT):
+                yield from _tokens(value)
+        elif isinstance(value, (list, tuple)):
+            yield "["
+            for item in value:
+                yield from _tokens(item)
+                yield ","
+            yield "]"
+        elif isinstance(value, str) and not isinstance(node, (cst.IndentedBlock,)):
+            yield value.strip()
+        elif value is None:
+            yield "-"
+    yield ")"
+
+
+def same(left: cst.CSTNode | None, right: cst.CSTNode | None) -> bool:
+    """Whether two nodes are the same code, whatever their layout."""
+    if left is None or right is None:
+        return left is right
+    return left is right or (type(left) is type(right) and normal(left) == normal(right))
+
+
+def _find_all_fields(kind: Any) -> tuple[str, ...]:
+    return tuple(n for n in kind.__dataclass_fields__ if not n.startswith("__"))
+
+
+_all_fields: Callable[[Any], tuple[str, ...]] = cache(_find_all_fields)
+
+
+def clone(node: Node) -> Node:
+    """The same code with an identity of its own. Layout is shared: nothing is ever keyed on it."""
+    kind = type(node)
+    new = object.__new__(kind)
+    code_names = code_fields(kind)
+    for name in _all_fields(kind):
+        value = getattr(node, name)
+        if name in code_names:
+            held = type(value)
+            if held is tuple or held is list:
+                value = held(clone(i) if _is_code(type(i)) else i for i in value)
+            elif _is_code(held):
+                value = clone(value)
+        object.__setattr__(new, name, value)
+    return new
+
+
+@lru_cache(maxsize=4096)
+def literal_value(text: str) -> object:
+    """Value of a number or string literal."""
+    return ast.literal_eval(text)
+
+
+def expression(text: str, **holes: cst.BaseExpression) -> cst.BaseExpression:
+    """Parse an expression; `holes` are spliced for the names of the same spelling (parenthesised where needed)."""
+    node = _parse_expression(text)
+    return cast(cst.BaseExpression, substitute(node, holes)) if holes else node
+
+
+@lru_cache(maxsize=4096)
+def _parse_expression(text: str) -> cst.BaseExpression:
+    return cst.parse_expression(text)
+
+
+def statements(text: str, **holes: cst.BaseExpression) -> list[cst.BaseStatement]:
+    """Parse statements; `holes` as in `expression`."""
+    body = list(cst.parse_module(text).body)
+    return [cast(cst.BaseStatement, substitute(s, holes)) for s in body] if holes else body
+
+
+def statement(text: str, **holes: cst.BaseExpression) -> cst.BaseStatement:
+    """Parse exactly one statement."""
+    (only,) = statements(text, **holes)
+    return only
+
+
+_ATOMIC = (cst.Name, cst.Attribute, cst.Call, cst.Subscript, cst.Integer, cst.Float, cst.SimpleString, cst.List, cst.Dict,
+           cst.ListComp, cst.DictComp, cst.FormattedString, cst.ConcatenatedString, cst.Set)  # fmt: skip
+
+
+def atomic(node: cst.BaseExpression) -> cst.BaseExpression:
+    """`node`, in parentheses unless it binds as tightly as a name."""
+    if isinstance(node, _ATOMIC) or node.lpar:
+        return node
+    return node.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
+
+
+def substitute(node: cst.CSTNode, holes: dict[str, cst.BaseExpression]) -> cst.CSTNode:
+    """Replace names by expressions. Attribute names, keywords and parameter names are left alone."""
+    if isinstance(node, cst.Name):
+        return atomic(holes[node.value]) if node.value in holes else node
+    edits: list[tuple[cst.CSTNode, object]] = []
+    stack: list[tuple[cst.CSTNode, bool]] = [(node, False)]
+    while stack:
+        top, bare = stack.pop()
+        if type(top) is cst.Name:
+            if top.value in holes:
+                edits.append((top, holes[top.value] if bare else atomic(holes[top.value])))
+        elif type(top) is cst.Attribute:
+            stack.append((top.value, False))
+        elif type(top) is cst.Arg:
+            stack.append((top.value, not top.star))  # an argument needs no parentheses of its own
+        elif type(top) is cst.Param:
+            stack.extend((c, True) for c in (top.annotation, top.default) if c is not None)
+        else:
+            stack.extend((child, type(top) is cst.Assign) for child in children(top))
+    return replace_nodes(node, edits)
+
+
+def replace_nodes(tree: Node, edits: Sequence[tuple[cst.CSTNode, object]]) -> Node:
+    """Apply edits planned against `tree`, once.
+
+    Each edit is a node of `tree` and its replacement: a node, a `cst.FlattenSentinel`, `cst.RemoveFromParent()`, or a
+    function from the (already updated) node to one of these. Only the way from the root to an edited node is rebuilt.
+    """
+    if not edits:
+        return tree
+    planned = {id(node): edit for node, edit in edits}
+    return cast(Node, _rebuilt(tree, planned, _touched(tree, planned)))
+
+
+def _touched(root: cst.CSTNode, planned: dict[int, object]) -> set[int]:
+    """Ids of nodes that are edited or have an edited node below them."""
+    touched: set[int] = set()
+
+    def visit(node: cst.CSTNode) -> bool:
+        hit = id(node) in planned
+        for child in children(node):
+            hit = visit(child) or hit
+        if hit:
+            touched.add(id(node))
+        return hit
+
+    visit(root)
+    return touched
+
+
+def _rebuilt(node: cst.CSTNode, planned: dict[int, object], touched: set[int]) -> object:
+    """The node after the edits below it and its own."""
+    changes: dict[str, object] = {}
+    for name in code_fields(type(node)):
+        value = getattr(node, name)
+        kind = type(value)
+        if kind is tuple or kind is list:
+            if any(id(item) in touched for item in value):
+                changes[name] = _items_rebuilt(value, planned, touched)
+        elif id(value) in touched:
+            new = _rebuilt(value, planned, touched)
+            changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
+    updated = node.with_changes(**changes) if changes else node
+    if id(node) in planned:
+        edit = planned[id(node)]
+        return edit(updated) if callable(edit) else edit
+    return updated
+
+
+def _items_rebuilt(items: Sequence[cst.CSTNode], planned: dict[int, object], touched: set[int]) -> list[object]:
+    result: list[object] = []
+    for item in items:
+        new = _rebuilt(item, planned, touched) if id(item) in touched else item
+        if isinstance(new, cst.FlattenSentinel):
+            result.extend(new)
+        elif not isinstance(new, cst.RemovalSentinel):
+            result.append(new)
+    return result
+
+
+def call_name(node: cst.CSTNode) -> str | None:
+    """The (absolute or local) name a call's function is written with; `self.x.y` for attribute chains."""
+    if not isinstance(node, cst.Call):
+        return None
+    func = node.func
+    if isinstance(func, cst.Name):
+        return func.value
+    from porter.source.names import dotted
+
+    return dotted(func)
+
+
+def self_attribute(node: cst.CSTNode) -> str | None:
+    """`x` for `self.x`, else None."""
+    if isinstance(node, cst.Attribute) and isinstance(node.value, cst.Name) and node.value.value == "self":
+        return node.attr.value
+    return None
+
+
+def method(owner: cst.ClassDef, name: str) -> cst.FunctionDef | None:
+    """The method of that name defined in the class body."""
+    for item in owner.body.body:
+        if isinstance(item, cst.FunctionDef) and item.name.value == name:
+            return item
+    return None
+
+
+def body(node: cst.FunctionDef | cst.ClassDef | cst.If | cst.For | cst.With | cst.Else) -> list[cst.BaseStatement]:
+    """Statements of a suite; a one-line suite is turned into ordinary statements."""
+    suite = node.body
+    if isinstance(suite, cst.SimpleStatementSuite):
+        return [cst.SimpleStatementLine([s]) for s in suite.body]
+    return list(suite.body)
+
+
+def with_body(node: Node, new: Sequence[cst.BaseStatement]) -> Node:
+    """`node` with another suite; an empty one becomes `pass`."""
+    filled = list(new) or [cst.SimpleStatementLine([cst.Pass()])]
+    suite = node.body  # type: ignore[attr-defined]
+    if isinstance(suite, cst.IndentedBlock):
+        return cast(Node, node.with_changes(body=suite.with_changes(body=filled)))
+    return cast(Node, node.with_changes(body=cst.IndentedBlock(filled)))
+
+
+def arguments(call: cst.Call, parameters: Sequence[str]) -> dict[str, cst.BaseExpression] | None:
+    """Bind a call's arguments to parameter names; None if it uses * or ** or has too many."""
+    bound: dict[str, cst.BaseExpression] = {}
+    for position, arg in enumerate(call.args):
+        if arg.star:
+            return None
+        if arg.keyword is not None:
+            bound[arg.keyword.value] = arg.value
+        elif position < len(parameters):
+            bound[parameters[position]] = arg.value
+        else:
+            return None
+    return bound
+
+
+def keyword_argument(name: str, value: cst.BaseExpression) -> cst.Arg:
+    """`name=value` without spaces."""
+    tight = cst.AssignEqual(cst.SimpleWhitespace(""), cst.SimpleWhitespace(""))
+    return cst.Arg(value=value, keyword=cst.Name(name), equal=tight)
+
+
+def parameters(function: cst.FunctionDef) -> list[cst.Param]:
+    """All named parameters, receiver included, in order."""
+    p = function.params
+    return [*p.posonly_params, *p.params, *p.kwonly_params]
+
+
+def own_parameters(function: cst.FunctionDef) -> list[cst.Param]:
+    """Parameters a caller gives: all of a static method's, all but the receiver of another method's."""
+    static = any(isinstance(d.decorator, cst.Name) and d.decorator.value == "staticmethod" for d in function.decorators)
+    return parameters(function) if static else parameters(function)[1:]
+
+
+def strip_docstring(stmts: Sequence[cst.BaseStatement]) -> list[cst.BaseStatement]:
+    """Statements without a leading docstring."""
+    rest = list(stmts)
+    if rest and isinstance(rest[0], cst.SimpleStatementLine) and isinstance(rest[0].body[0], cst.Expr):
+        if isinstance(rest[0].body[0].value, (cst.SimpleString, cst.ConcatenatedString)):
+            return rest[1:]
+    return rest

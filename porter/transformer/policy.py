@@ -1,0 +1,53 @@
+"""Symbol decisions for denoisers, read from `rules/symbols/diffusers.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Prefixes copied and imported, forward parameters refused, calls with a known outcome."""
+
+    copied: tuple[str, ...]
+    imported: tuple[str, ...]
+    refused: frozenset[str]
+    outcomes: dict[str, bool]
+    constants: dict[str, bool]
+    rules: Path
+
+    def hinted(self, name: str) -> Policy:
+        """The policy for one class, with its hint if `rules/models` has one."""
+        path = self.rules / "models" / f"{name}.yaml"
+        if not path.is_file():
+            return self
+        hint = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+        return replace(self, refused=self.refused - set(hint.get("keep_parameters", ())),
+                       outcomes={**self.outcomes, **hint.get("outcomes", {})})  # fmt: skip
+
+    def copies(self, name: str) -> bool:
+        """Whether a symbol is copied; the longest matching prefix decides."""
+        best = max((p for p in (*self.copied, *self.imported) if name.startswith(p)), key=len, default="")
+        return best in self.copied
+
+    def imports(self, name: str) -> bool:
+        """Whether a symbol is listed as imported."""
+        return any(name.startswith(p) for p in self.imported) and not self.copies(name)
+
+
+@lru_cache(maxsize=8)
+def load_policy(rules: Path) -> Policy:
+    """Read the table below a rule directory."""
+    data = yaml.load((rules / "symbols" / "diffusers.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    return Policy(
+        tuple(data["copy"]),
+        tuple(data["import"]),
+        frozenset(data["refuse"]),
+        dict(data["outcomes"]),
+        dict(data["constants"]),
+        rules,
+    )

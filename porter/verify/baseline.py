@@ -1,0 +1,328 @@
+"""The Diffusers side of every comparison. A program, run by path: it imports nothing that porter wrote or generated.
+
+It reads one JSON job per line on stdin and answers one JSON line each on the original stdout:
+{"ok": true, ...} or {"ok": false, "error", "type", "traceback"}. Tensors travel in files written by torch.save.
+Jobs: module, signature, pipeline, stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import time
+import traceback
+
+_started = time.perf_counter()
+
+
+# ------------------------------------------------------------------------------------------------ weights
+def randomize(module, seed):
+    """All weights random, in sorted order of names: no zero or identity initialisation survives."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            draw = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() <= 1:
+                parameter.copy_(1 + 0.1 * draw if "norm" in name and name.endswith("weight") else 0.2 * draw)
+            else:
+                parameter.copy_(draw * parameter[0].numel() ** -0.5)
+    return module.eval()
+
+
+def tensors_of(value):
+    """All tensors in nested tuples, lists, mappings and model outputs, in order."""
+    import torch
+
+    if torch.is_tensor(value):
+        return [value.detach().clone()]
+    if isinstance(value, dict):
+        return [t for v in value.values() for t in tensors_of(v)]
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in tensors_of(v)]
+    return []
+
+
+def probe(module, records):
+    """Record inputs and outputs of every submodule, in order of completion."""
+
+    def hook(name, _module, args, kwargs, output):
+        records.append({"name": name, "inputs": tensors_of(args) + tensors_of(kwargs), "outputs": tensors_of(output)})
+
+    return [
+        m.register_forward_hook(functools.partial(hook, n), with_kwargs=True) for n, m in module.named_modules() if n
+    ]
+
+
+def job_module(job):
+    """Build a denoiser of `class` from `config`, randomise it, write weights and all tensors it returns for `inputs`."""
+    import diffusers
+    import torch
+
+    cls = getattr(diffusers, job["class"])
+    with contextlib.redirect_stderr(open(os.devnull, "w")):
+        model = randomize(cls(**job["config"]), job["seed"])
+    inputs = torch.load(job["inputs"], weights_only=True) if job.get("inputs") else None
+    records: list = []
+    output = None
+    if inputs is not None:
+        handles = probe(model, records) if job.get("probe") else []
+        with torch.no_grad():
+            output = tensors_of(model(**inputs, return_dict=False))
+        for handle in handles:
+            handle.remove()
+    torch.save(
+        {"weights": dict(model.state_dict()), "output": output, "records": records,
+         "persistent": sorted(model.state_dict()), "parameters": sorted(n for n, _ in model.named_parameters())},
+        job["out"],
+    )  # fmt: skip
+    return {"parameters": sum(p.numel() for p in model.parameters()), "config": json_config(model.config)}
+
+
+def json_config(config):
+    return json.loads(json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")}, default=str))
+
+
+# ------------------------------------------------------------------------------------------------ pipelines
+class Stop(Exception):
+    """Ends a run early, after the wanted number of scheduler steps."""
+
+
+def job_signature(job):
+    """Parameters of a pipeline's __call__ with their defaults, and its component classes."""
+    import inspect
+
+    import diffusers
+
+    cls = getattr(diffusers, job["class"])
+    plain = (int, float, str, bool, type(None), list, tuple)
+    parameters = {
+        n: (p.default if isinstance(p.default, plain) else None)
+        for n, p in inspect.signature(cls.__call__).parameters.items()
+        if n != "self" and p.kind is not p.VAR_KEYWORD
+    }
+    return {"parameters": parameters}
+
+
+def load_pipeline(job):
+    import diffusers
+    import torch
+
+    cls = getattr(diffusers, job["class"])
+    pipe = cls.from_pretrained(job["checkpoint"], torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+_pipelines: dict = {}
+
+
+@contextlib.contextmanager
+def recorded(pipe, record, stop_after):
+    """Record the scheduler's steps, the denoisers' calls and the decoded tensor while a call runs."""
+    steps_of, scheduler = type(pipe.scheduler), pipe.scheduler
+    original_step = steps_of.step
+
+    def step(self, *args, **kwargs):
+        result = original_step(self, *args, **kwargs)
+        sample = result[0] if isinstance(result, tuple) else result.prev_sample
+        record["steps"].append(sample.detach().clone())
+        if stop_after is not None and len(record["steps"]) >= stop_after:
+            raise Stop
+        return result
+
+    def before(_module, args, kwargs):
+        record["calls"] += 1
+        if record["first_call"] is None:
+            record["first_call"] = {
+                k: v.detach().clone() for k, v in kwargs.items() if hasattr(v, "detach") and v.numel() < 10**7
+            }
+            record["timesteps"] = scheduler.timesteps.detach().clone()
+        if stop_after == 0:
+            raise Stop
+
+    hooks = [
+        component.register_forward_pre_hook(before, with_kwargs=True)
+        for name, component in pipe.components.items()
+        if name.startswith(("transformer", "unet", "dit", "prior")) and hasattr(component, "register_forward_pre_hook")
+    ]
+    processors = {}
+    for name in ("image_processor", "video_processor"):
+        processor = getattr(pipe, name, None)
+        for method in ("postprocess", "postprocess_video"):
+            original = getattr(processor, method, None)
+            if original is not None:
+                processors[processor, method] = original
+                setattr(processor, method, _spy(original, record))
+    steps_of.step = step
+    try:
+        yield
+    finally:
+        steps_of.step = original_step
+        for hook in hooks:
+            hook.remove()
+        for processor, method in processors:
+            delattr(processor, method)
+
+
+def _spy(original, record):
+    @functools.wraps(original)
+    def postprocess(tensor, *args, **kwargs):
+        if record["decoded"] is None and hasattr(tensor, "detach"):
+            record["decoded"] = tensor.detach().clone()
+        return original(tensor, *args, **kwargs)
+
+    return postprocess
+
+
+def first_output(result):
+    """The generated thing, of a pipeline output or tuple."""
+    return result[0] if isinstance(result, (tuple, list)) else next(iter(result.values()))
+
+
+def generators(job_seed, per_prompt=1):
+    """One generator, or for a list of seeds a list with each prompt's own generator `per_prompt` times."""
+    import torch
+
+    if not isinstance(job_seed, list):
+        return torch.Generator("cpu").manual_seed(job_seed)
+    own = [torch.Generator("cpu").manual_seed(seed) for seed in job_seed]
+    return [generator for generator in own for _ in range(per_prompt)]
+
+
+def one_call(pipe, call):
+    import torch
+
+    record = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "decoded": None}
+    kwargs = dict(call["kwargs"])
+    if call.get("tensors"):
+        kwargs |= torch.load(call["tensors"], weights_only=True)
+    if call.get("images"):
+        from PIL import Image
+
+        for name, paths in call["images"].items():
+            images = [Image.open(p).convert("RGB") for p in (paths if isinstance(paths, list) else [paths])]
+            kwargs[name] = images if isinstance(paths, list) else images[0]
+    error, output, start = None, None, time.perf_counter()
+    try:
+        with torch.no_grad(), recorded(pipe, record, call.get("stop_after")):
+            result = pipe(**kwargs, generator=generators(call["seed"], call.get("per_prompt", 1)))
+        output = first_output(result)
+    except Stop:
+        pass
+    except Exception as problem:  # noqa: BLE001 - what Diffusers raises is a result
+        error = {"type": type(problem).__name__, "message": str(problem)[:300], "trace": traceback.format_exc()[-1500:]}
+    if output is not None and not hasattr(output, "detach"):
+        output = None
+    return record | {"output": output, "error": error, "seconds": time.perf_counter() - start}
+
+
+def job_pipeline(job):
+    """Run calls of a pipeline loaded from a checkpoint; write what happened in each to `out`."""
+    import torch
+
+    key = (job["class"], job["checkpoint"])
+    if key not in _pipelines:
+        _pipelines.clear()
+        _pipelines[key] = load_pipeline(job)
+    pipe = _pipelines[key]
+    records = [together(pipe, call) if call.get("apart") else one_call(pipe, call) for call in job["calls"]]
+    torch.save(records, job["out"])
+    return {}
+
+
+def together(pipe, call):
+    """The record of a call with a list of prompts, made of one call per prompt."""
+    import torch
+
+    records = []
+    for index, seed in enumerate(call["seed"]):
+        kwargs = {
+            k: v[index] if isinstance(v, list) and "prompt" in k.split("_") else v for k, v in call["kwargs"].items()
+        }
+        records.append(one_call(pipe, call | {"kwargs": kwargs, "seed": seed}))
+    first = records[0]
+    joined = {"calls": sum(r["calls"] for r in records), "seconds": sum(r["seconds"] for r in records)}
+    joined["steps"] = [torch.cat(steps) for steps in zip(*(r["steps"] for r in records), strict=True)]
+    for key in ("decoded", "output"):
+        values = [r[key] for r in records]
+        joined[key] = torch.cat(values) if all(v is not None for v in values) else None
+    return first | joined | {"error": next((r["error"] for r in records if r["error"]), None)}
+
+
+def job_encode(job):
+    """What the pipeline's encode_prompt returns for `kwargs`, by position."""
+    import torch
+
+    key = (job["class"], job["checkpoint"])
+    if key not in _pipelines:
+        _pipelines.clear()
+        _pipelines[key] = load_pipeline(job)
+    with torch.no_grad():
+        result = _pipelines[key].encode_prompt(**job["kwargs"])
+    torch.save(list(result) if isinstance(result, (tuple, list)) else [result], job["out"])
+    return {}
+
+
+def job_generate(job):
+    """One call with output_type "pt", for comparison with a served image; writes the tensor."""
+    import torch
+
+    pipe = load_pipeline(job)
+    with torch.no_grad():
+        result = pipe(**job["kwargs"], generator=generators(job["seed"]), output_type="pt")
+    torch.save(first_output(result), job["out"])
+    return {}
+
+
+# ------------------------------------------------------------------------------------------------ loop
+def declare_torchvision_operators():
+    """A CUDA build of torchvision beside a CPU build of torch fails to import unless these schemas exist."""
+    import importlib.util
+
+    import torch
+
+    if torch.version.cuda or importlib.util.find_spec("torchvision") is None:
+        return None
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for op in ("nms", "qnms"):
+        with contextlib.suppress(RuntimeError):
+            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def main():
+    reply = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    declarations = declare_torchvision_operators()  # noqa: F841  (kept alive)
+    import diffusers
+    import torch
+    import transformers
+
+    torch.set_num_threads(int(os.environ.get("PORTER_THREADS", "1")))
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    spent = time.perf_counter() - _started
+    print(json.dumps({"ok": True, "import_seconds": spent, "diffusers": diffusers.__version__}), file=reply)
+    jobs = {n.removeprefix("job_"): f for n, f in globals().items() if n.startswith("job_")}
+    for line in sys.stdin:
+        job = json.loads(line)
+        if job["job"] == "stop":
+            break
+        start = time.perf_counter()
+        try:
+            answer = {"ok": True, **jobs[job["job"]](job)}
+        except Exception as problem:  # noqa: BLE001 - goes to the caller
+            answer = {"ok": False, "type": type(problem).__name__, "error": str(problem)[:2000],
+                      "traceback": traceback.format_exc()[-4000:]}  # fmt: skip
+        print(json.dumps(answer | {"seconds": time.perf_counter() - start}), file=reply)
+
+
+if __name__ == "__main__":
+    main()

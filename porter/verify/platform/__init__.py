@@ -1,0 +1,1 @@
+"""What lets the engine run on a machine without an accelerator, and ports be found without being installed."""

@@ -1,0 +1,149 @@
+"""Results of a run as a table, as JSON, and as feature states for the manifest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from porter.verify.manifest import write_atomically
+from porter.verify.outcome import BOUND, RungResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FEATURE_OF_RUNG = {
+    "module": "transformer", "weights": "weights", "tp": "tensor_parallel", "sp": "sequence_parallel",
+    "pipeline": "pipeline", "cfg": "cfg_parallel", "step": "step_execution", "batch": "request_batch",
+    "serve": "serving",
+}  # fmt: skip
+STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """Everything a run found. `seconds` is wall time; `import_seconds` are summed over the processes."""
+
+    subject: str
+    command: str
+    versions: Mapping[str, str]
+    rungs: tuple[RungResult, ...]
+    seconds: float
+    import_seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """No rung failed and at least one passed."""
+        states = {r.status for r in self.rungs}
+        return "failed" not in states and "passed" in states
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": 1,
+            "subject": self.subject,
+            "passed": self.passed,
+            "bound_rel_l2": BOUND,
+            "command": self.command,
+            "versions": dict(self.versions),
+            "seconds": {
+                "wall": round(self.seconds, 2),
+                "imports_summed_over_processes": round(self.import_seconds, 2),
+                "work": {f"{r.rung} {r.subject}": round(r.seconds, 2) for r in self.rungs},
+            },
+            "rungs": [r.to_json() for r in self.rungs],
+        }
+
+    def write(self, path: Path | str) -> Path:
+        """Write the JSON report; atomic."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(self.to_json(), indent=2, default=_plain) + "\n")
+        return path
+
+    def table(self, *, cases: bool = False) -> Table:
+        """One row per rung; failed cases always below their rung, all cases when `cases`."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"porter verify {self.subject}", title_justify="left", expand=False)
+        numbers = {"cases", "worst rel L2", "seconds"}
+        for name in ("rung", "subject", "status", "cases", "worst rel L2", "seconds", "note"):
+            table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        for rung in self.rungs:
+            good = sum(c.status == "passed" for c in rung.cases)
+            worst = "" if rung.worst is None else f"{rung.worst:.1e}"
+            status = f"[{STYLE[rung.status]}]{rung.status}[/]"
+            table.add_row(
+                rung.rung, rung.subject, status, f"{good}/{len(rung.cases)}", worst, f"{rung.seconds:.1f}",
+                escape(rung.reason),
+            )  # fmt: skip
+            for case in rung.cases:
+                if case.status == "failed" or cases:
+                    error = case.figures.get("rel_l2")
+                    number = f"{error:.1e}" if isinstance(error, float) else ""
+                    table.add_row(
+                        "", f"  {escape(case.name)}", f"[{STYLE[case.status]}]{case.status}[/]", "", number,
+                        f"{case.seconds:.1f}", escape(case.message),
+                    )  # fmt: skip
+        return table
+
+    def summary(self) -> str:
+        """One line: counts and time."""
+        count = {s: sum(r.status == s for r in self.rungs) for s in STYLE}
+        return (
+            f"{self.subject}: {count['passed']} rungs passed, {count['failed']} failed, {count['skipped']} skipped"
+            f" in {self.seconds:.0f} s"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else str(value)
+
+
+def command_line() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def feature_states(rungs: tuple[RungResult, ...]) -> dict[str, dict[str, Any]]:
+    """States for the manifest's `features` from rung results (of one port).
+
+    validated: all cases passed, with the figures as evidence; limited: some cases failed, and which;
+    unsupported: all failed; not tested: skipped, and why.
+    """
+    states: dict[str, dict[str, Any]] = {}
+    for rung in rungs:
+        feature = FEATURE_OF_RUNG.get(rung.rung)
+        if feature is None:
+            continue
+        states[feature] = _merge(states.get(feature), _state(rung))
+    return states
+
+
+def _state(rung: RungResult) -> dict[str, Any]:
+    if rung.status == "skipped":
+        return {"status": "not tested", "reason": rung.reason}
+    good = [c for c in rung.cases if c.status == "passed"]
+    evidence: dict[str, Any] = {"rung": rung.rung, "cases": len(good), "bound_rel_l2": BOUND}
+    if rung.worst is not None and rung.status == "passed":
+        evidence["worst_rel_l2"] = float(f"{rung.worst:.2e}")
+    for key in ("elements", "elements_per_rank", "sequence", "sequence_per_rank", "calls", "calls_per_rank", "max_abs"):
+        value = next((c.figures[key] for c in good if key in c.figures), None)
+        if value is not None and rung.rung not in ("module", "weights", "pipeline"):
+            evidence[key] = value
+    if rung.status == "passed":
+        return {"status": "validated", "evidence": evidence}
+    failed = ", ".join(c.name for c in rung.failures()[:6])
+    if good:
+        return {"status": "limited", "reason": f"fails: {failed}", "evidence": evidence}
+    return {"status": "unsupported", "reason": f"{failed}: {rung.failures()[0].message}"[:300]}
+
+
+ORDER = ("validated", "not tested", "limited", "unsupported")
+
+
+def _merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """A port with several denoisers is as good as its worst one."""
+    return new if old is None or ORDER.index(new["status"]) > ORDER.index(old["status"]) else old

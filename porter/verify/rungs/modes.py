@@ -1,0 +1,143 @@
+"""Rungs `cfg`, `step` and `batch`: other ways of running a request give the same result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from porter.verify.bench import Bench, Clock, JobError
+from porter.verify.compare import difference
+from porter.verify.manifest import Port
+from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of, skipped
+from porter.verify.pipeline_spec import SEED, PipelineSpec, RequestCase
+from porter.verify.rungs.pipeline import checkpoint_of, judge, port_job, raised, reference, table_of, timed
+
+
+def _not_runnable(rung: str, port: Port, spec: PipelineSpec | None) -> RungResult | None:
+    if port.module is None:
+        return skipped(rung, port.source_class, "the pipeline is not converted yet")
+    if spec is None:
+        return skipped(rung, port.source_class, f"no tests/corpus/pipelines/{port.source_class}.yaml")
+    return None
+
+
+def _guided(bench: Bench, spec: PipelineSpec) -> list[RequestCase]:
+    """Requests with both guidance branches: what the pipeline's file names, else with a negative prompt."""
+    table = {c.name: c for c in table_of(bench, spec)}
+    base = table.get("negative-prompt", table["plain"])
+    if spec.get("cfg"):
+        return [RequestCase("guided", {**base.kwargs, **spec.get("cfg")})]
+    return [base]
+
+
+def cfg(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None) -> RungResult:
+    """Guidance branches on two ranks: same result on both, and each rank calls the denoiser half as often."""
+    import torch
+
+    if (no := _not_runnable("cfg", port, spec)) is not None:
+        return no
+    assert spec is not None
+    clock = Clock()
+    checkpoint = checkpoint_of(bench, spec)
+    cases = _guided(bench, spec)
+    pairs = reference(bench, spec, checkpoint, cases)
+    calls = [p["call"] for p in pairs]
+    out = bench.path("cfg")
+    try:
+        bench.engine(port_job(generated, port, checkpoint, calls, out=f"{out}.one"))
+        bench.engine_pair(port_job(generated, port, checkpoint, calls, out=out, parallel={"cfg_parallel_size": 2}))
+    except (JobError, VerifyError) as error:
+        return rung_of("cfg", port.source_class, [CaseResult("guided", "failed", raised(error))], clock())
+    one = torch.load(f"{out}.one", weights_only=True)
+    two = [torch.load(f"{out}.rank{r}", weights_only=True) for r in range(2)]
+    results = []
+    for index, (case, pair) in enumerate(zip(cases, pairs, strict=True)):
+        ranks = [records[index] for records in two]
+        judged = [judge(case, pair["want"], got) for got in ranks]
+        worst = max(judged, key=lambda c: (c.status == "failed", c.figures.get("rel_l2", 0.0)))
+        counts = [r["calls"] for r in ranks]
+        figures = dict(worst.figures) | {"calls": one[index]["calls"], "calls_per_rank": counts}
+        problems = [worst.message] if worst.status == "failed" else []
+        if not all(0 < n < one[index]["calls"] for n in counts):
+            problems.append(f"nothing was divided: {counts} denoiser calls per rank, {one[index]['calls']} on one rank")
+        results.append(CaseResult(case.name, "failed" if problems else "passed", "; ".join(problems), figures))
+    return rung_of("cfg", port.source_class, results, clock())
+
+
+def step(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None) -> RungResult:
+    """Step execution through the engine's own runner and step scheduler, alone and two requests at a time."""
+    import torch
+
+    if (no := _not_runnable("step", port, spec)) is not None:
+        return no
+    assert spec is not None
+    clock = Clock()
+    checkpoint = checkpoint_of(bench, spec)
+    cases = [*_guided(bench, spec), *table_of(bench, spec, ("plain", "two-prompts", "odd-size"))]
+    pairs = reference(bench, spec, checkpoint, cases)
+    out = bench.path("step")
+    job = port_job(generated, port, checkpoint, [p["call"] for p in pairs], out=out, mode="step", step=True)
+    try:
+        bench.engine(job | {"max_num_seqs": 2})
+    except JobError as error:
+        if "does not support that contract" in error.message:
+            return skipped("step", port.source_class, "the port does not offer step execution")
+        return rung_of("step", port.source_class, [CaseResult("load", "failed", raised(error))], clock())
+    records = torch.load(out, weights_only=True)
+    results = [timed(judge(c, p["want"], _unordered(r)), {}, r) for c, p, r in zip(cases, pairs, records, strict=True)]
+    return rung_of("step", port.source_class, results, clock())
+
+
+def _unordered(record: dict[str, Any]) -> dict[str, Any]:
+    """Steps of several requests alternate in step mode; bring each request's own together."""
+    count = record.get("requests") or 1
+    steps = record["steps"]
+    if count > 1 and len(steps) % count == 0:
+        steps = [s for r in range(count) for s in steps[r::count]]
+    return record | {"steps": steps}
+
+
+def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None) -> RungResult:
+    """Three requests in one batch give what each gives alone."""
+    import torch
+
+    if (no := _not_runnable("batch", port, spec)) is not None:
+        return no
+    assert spec is not None
+    clock = Clock()
+    checkpoint = checkpoint_of(bench, spec)
+    base = _guided(bench, spec)[0]
+    texts = (lambda v: v, lambda v: f"{v}, and longer", lambda v: f"{v} seen from far away in the evening")
+    joint = {
+        k: [t(v) for t in texts] if isinstance(v, str) and "prompt" in k.split("_") else v
+        for k, v in base.kwargs.items()
+    }
+    seeds = [SEED, SEED + 1, SEED + 2]
+    call = {"kwargs": joint, "seed": seeds, "stop_after": None}
+    if spec.get("images"):
+        call["images"] = reference(bench, spec, checkpoint, [base])[0]["call"]["images"]
+    out = bench.path("batch")
+    job = port_job(generated, port, checkpoint, [call], max_num_seqs=3)
+    try:
+        facts = bench.engine(job | {"out": out, "batched": True})
+        if not facts["supports_request_batch"]:
+            return skipped("batch", port.source_class, "the port does not take several requests at once")
+        bench.engine(job | {"out": f"{out}.single", "batched": False})
+    except JobError as error:
+        return rung_of("batch", port.source_class, [CaseResult("three", "failed", raised(error))], clock())
+    together, alone = (torch.load(p, weights_only=True)[0] for p in (out, f"{out}.single"))
+    return rung_of("batch", port.source_class, [_same(together, alone)], clock())
+
+
+def _same(together: dict[str, Any], alone: dict[str, Any]) -> CaseResult:
+    for record, what in ((together, "in a batch"), (alone, "alone")):
+        if record["error"]:
+            error = record["error"]
+            message = f"{what}: {error['type']}: {error['message']}"
+            return CaseResult("three", "failed", message, where={"traceback": error["trace"]})
+    if together["output"] is None or alone["output"] is None:
+        return CaseResult("three", "failed", "the port returned no tensor")
+    figures = difference(together["output"], alone["output"]) | {"requests": together["requests"]}
+    good = figures["rel_l2"] <= BOUND
+    message = "" if good else f"a batch of three differs from three singles: {figures['rel_l2']:.2e}"
+    return CaseResult("three", "passed" if good else "failed", message, figures)

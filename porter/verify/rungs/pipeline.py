@@ -1,0 +1,221 @@
+"""Rung `pipeline`: whole requests give what Diffusers gives: latents after every step, decoded output, exceptions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from porter.verify.bench import Bench, Clock, JobError
+from porter.verify.compare import difference
+from porter.verify.manifest import Port
+from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of, skipped
+from porter.verify.pipeline_spec import PipelineSpec, RequestCase, request_table
+
+
+def checkpoint_of(bench: Bench, spec: PipelineSpec) -> str:
+    """A tiny checkpoint of the pipeline, built once per run in an engine process."""
+    from porter.verify.checkpoint import check_checkpoint
+
+    made: dict[str, str] = bench.__dict__.setdefault("checkpoints", {})
+    if spec.pipeline not in made:
+        folder = bench.folder / f"checkpoint-{spec.pipeline}"
+        bench.engine({"job": "checkpoint", "class": spec.pipeline, "spec": dict(spec.data), "folder": str(folder)})
+        check_checkpoint(folder)
+        made[spec.pipeline] = str(folder)
+    return made[spec.pipeline]
+
+
+def table_of(bench: Bench, spec: PipelineSpec, names: Iterable[str] | None = None) -> list[RequestCase]:
+    """The request table of a pipeline; `names` are prefixes of the cases wanted."""
+    parameters = bench.baseline.call({"job": "signature", "class": spec.pipeline})["parameters"]
+    cases = list(request_table(spec, parameters))
+    if names is not None:
+        cases = [c for c in cases if c.name.startswith(tuple(names))]
+    return cases
+
+
+def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase) -> dict[str, Any]:
+    """A case as both workers read it: tensors and pictures in files."""
+    import torch
+
+    call: dict[str, Any] = {"kwargs": dict(case.kwargs), "seed": case.seed, "stop_after": case.stop_after}
+    call |= {"per_prompt": case.per_prompt, "apart": case.apart}
+    tensors: dict[str, Any] = {}
+    for row in case.encode:
+        out = bench.path("encoded")
+        bench.baseline.call(
+            {"job": "encode", "class": spec.pipeline, "checkpoint": checkpoint, "kwargs": row["encode"], "out": out}
+        )
+        values = torch.load(out, weights_only=True)
+        tensors |= {n: v for n, v in zip(row["names"], values, strict=False) if n and v is not None}
+    if tensors:
+        call["tensors"] = bench.path("tensors")
+        torch.save(tensors, call["tensors"])
+    if spec.get("images"):
+        call["images"] = {n: _picture(bench, n, size) for n, size in spec.get("images").items()}
+    return call
+
+
+def _picture(bench: Bench, name: str, size: list[int]) -> str:
+    import torch
+    from PIL import Image
+
+    path = bench.folder / f"picture-{name}.png"
+    if not path.exists():
+        generator = torch.Generator().manual_seed(7)
+        pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    return str(path)
+
+
+def reference(bench: Bench, spec: PipelineSpec, checkpoint: str, cases: list[RequestCase]) -> list[dict[str, Any]]:
+    """Each case's call with Diffusers' record of it under `want`. Kept for other rungs of the same run."""
+    import torch
+
+    cache: dict[Any, Any] = bench.__dict__.setdefault("pipeline_references", {})
+    fresh = [c for c in cases if (checkpoint, c.name) not in cache]
+    if fresh:
+        calls = [call_of(bench, spec, checkpoint, c) for c in fresh]
+        out = bench.path("reference")
+        bench.baseline.call(
+            {"job": "pipeline", "class": spec.pipeline, "checkpoint": checkpoint, "calls": calls, "out": out}
+        )
+        for case, call, want in zip(fresh, calls, torch.load(out, weights_only=True), strict=True):
+            cache[checkpoint, case.name] = {"call": call, "want": want}
+    return [cache[checkpoint, c.name] for c in cases]
+
+
+def port_job(generated: Path | str, port: Port, checkpoint: str, calls: list[Any], **options: Any) -> dict[str, Any]:
+    return {
+        "job": "pipeline", "generated": str(Path(generated).resolve()), "arch": port.arch, "checkpoint": checkpoint,
+        "calls": calls, **options,
+    }  # fmt: skip
+
+
+def pipeline(
+    bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None, cases: Iterable[str] | None = None
+) -> RungResult:
+    """Run the request table on both sides. `cases` limits it to names that start so."""
+    import torch
+
+    if port.module is None:
+        return skipped("pipeline", port.source_class, "the pipeline is not converted yet")
+    if spec is None:
+        return skipped("pipeline", port.source_class, f"no tests/corpus/pipelines/{port.source_class}.yaml")
+    clock = Clock()
+    checkpoint = checkpoint_of(bench, spec)
+    table = table_of(bench, spec, cases)
+    pairs = reference(bench, spec, checkpoint, table)
+    out = bench.path("port")
+    try:
+        bench.engine(port_job(generated, port, checkpoint, [p["call"] for p in pairs], out=out))
+    except JobError as error:
+        message = f"the engine cannot load the port: {error}"[:600]
+        case = CaseResult("load", "failed", message, seconds=clock(), where={"traceback": error.trace[-2500:]})
+        return rung_of("pipeline", port.source_class, [case], clock())
+    records = torch.load(out, weights_only=True)
+    results = [
+        timed(judge(case, pair["want"], got), pair["want"], got)
+        for case, pair, got in zip(table, pairs, records, strict=True)
+    ]  # fmt: skip
+    return rung_of("pipeline", port.source_class, results, clock())
+
+
+def judge(case: RequestCase, want: Mapping[str, Any], got: Mapping[str, Any]) -> CaseResult:
+    """Compare the records of one call: exceptions, schedule, latents after each step, decoded output."""
+    if want["error"] or got["error"]:
+        return _judge_errors(case, want["error"], got["error"])
+    figures: dict[str, Any] = {"steps": len(want["steps"]), "calls": got["calls"], "diffusers_calls": want["calls"]}
+    steps = grouped(got["steps"], len(want["steps"]))
+    if len(steps) != len(want["steps"]):
+        return CaseResult(case.name, "failed", f"{len(steps)} scheduler steps, {len(want['steps'])} expected", figures)
+    problems: list[str] = []
+    worst = 0.0
+    if want["timesteps"] is not None and got["timesteps"] is not None:
+        schedule = difference(got["timesteps"].float(), want["timesteps"].float())["rel_l2"]
+        if schedule > BOUND:
+            problems.append(f"the schedule differs ({schedule:.1e})")
+    for index, (a, b) in enumerate(zip(steps, want["steps"], strict=True)):
+        error = difference(a, b)
+        worst = max(worst, error["rel_l2"])
+        if error["rel_l2"] > BOUND:
+            problems.append(_text(f"latents after step {index + 1}", error))
+            break
+    if case.stop_after is None:
+        target = want["decoded"] if want["decoded"] is not None else want["output"]
+        if got["output"] is None:
+            problems.append("the port returned no tensor")
+        elif target is not None:
+            error = difference(got["output"], target)
+            figures["output_rel_l2"] = error["rel_l2"]
+            worst = max(worst, error["rel_l2"])
+            if error["rel_l2"] > BOUND:
+                problems.append(_text("output", error))
+    elif case.stop_after == 0:
+        problems += _first_call(want["first_call"] or {}, got["first_call"] or {})
+    figures["rel_l2"] = worst
+    return CaseResult(case.name, "failed" if problems else "passed", "; ".join(problems), figures)
+
+
+def timed(case: CaseResult, want: Mapping[str, Any], got: Mapping[str, Any]) -> CaseResult:
+    """The case with the seconds of both sides."""
+    return replace(case, seconds=want.get("seconds", 0.0) + got.get("seconds", 0.0))
+
+
+def grouped(steps: list[Any], count: int) -> list[Any]:
+    """Steps of requests that ran one after the other, joined per step."""
+    import torch
+
+    if count and len(steps) > count and len(steps) % count == 0:
+        return [torch.cat(steps[i::count]) for i in range(count)]
+    return steps
+
+
+def _judge_errors(case: RequestCase, want: Mapping[str, Any] | None, got: Mapping[str, Any] | None) -> CaseResult:
+    expected = want["type"] if want else "no exception"
+    found = got["type"] if got else "no exception"
+    figures = {"diffusers": expected, "port": found}
+    if want and got and want["type"] == got["type"]:
+        return CaseResult(case.name, "passed", f"both raise {expected}", figures)
+    message = f"Diffusers: {expected}"
+    message += f" ({want['message'][:120]})" if want else ""
+    message += f"; port: {found}" + (f" ({got['message'][:200]})" if got else "")
+    where = {"traceback": got["trace"]} if got else None
+    return CaseResult(case.name, "failed", message, figures, where=where)
+
+
+def _first_call(want: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
+    """Compare the first denoiser call by argument name; Diffusers may have several guidance branches in one batch."""
+    problems = []
+    for name in sorted(set(want) & set(got)):
+        a, b = got[name].float(), want[name].float()
+        parts = [b]
+        if a.dim() and b.dim() and a.shape[0] < b.shape[0] and b.shape[0] % a.shape[0] == 0:
+            parts = list(b.split(a.shape[0]))
+        if min(difference(a, part)["rel_l2"] for part in parts) > BOUND:
+            problems.append(_text(f"{name} of the first denoiser call", difference(a, parts[-1])))
+    if "hidden_states" not in set(want) & set(got):
+        problems.append("no hidden_states in the first denoiser call")
+    return problems
+
+
+def _text(what: str, error: Mapping[str, Any]) -> str:
+    if "expected_shape" in error:
+        return f"{what}: shape {error['shape']}, expected {error['expected_shape']}"
+    if "not_finite" in error:
+        return f"{what}: {error['not_finite']} values are not finite"
+    return f"{what}: relative L2 error {error['rel_l2']:.2e} (bound {BOUND:.0e})"
+
+
+def raised(error: Exception) -> str:
+    """One line for a worker's failure."""
+    return re.sub(r"\s+", " ", str(error))[:600]
+
+
+__all__ = [
+    "VerifyError", "call_of", "checkpoint_of", "grouped", "judge", "pipeline", "port_job", "raised", "reference",
+    "table_of", "timed",
+]  # fmt: skip

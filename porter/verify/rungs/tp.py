@@ -1,0 +1,70 @@
+"""Rungs `tp` and `sp`: two ranks give what Diffusers gives on one, and something really was sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from porter.verify.bench import Bench, Clock, JobError
+from porter.verify.cases import ModuleCase
+from porter.verify.compare import worst_difference
+from porter.verify.manifest import Denoiser
+from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of
+from porter.verify.rungs.module import engine_job, prepare
+
+PARALLEL: dict[str, dict[str, Any]] = {
+    "tp": {"tensor_parallel_size": 2},
+    "sp": {"ulysses_degree": 2, "mask_sp_padding": True},
+}
+
+
+def tp(bench: Bench, generated: Path | str, denoiser: Denoiser, cases: Iterable[ModuleCase]) -> RungResult:
+    """Tensor parallel size 2 on two processes; parameters per rank must be fewer than on one rank."""
+    clock = Clock()
+    chosen = [c for c in cases if c.tp]
+    return rung_of("tp", denoiser.source_class, [_case(bench, generated, denoiser, c, "tp") for c in chosen], clock())
+
+
+def sp(bench: Bench, generated: Path | str, denoiser: Denoiser, cases: Iterable[ModuleCase]) -> RungResult:
+    """Ulysses degree 2 on two processes; the blocks must see shorter sequences than on one rank."""
+    clock = Clock()
+    chosen = [c for c in cases if c.sp]
+    return rung_of("sp", denoiser.source_class, [_case(bench, generated, denoiser, c, "sp") for c in chosen], clock())
+
+
+def _case(bench: Bench, generated: Path | str, denoiser: Denoiser, case: ModuleCase, mode: str) -> CaseResult:
+    import torch
+
+    clock = Clock()
+    out = bench.path(f"{case.name}-{mode}")
+    try:
+        files = prepare(bench, case)
+        job = engine_job(generated, denoiser, case) | files
+        one = bench.engine(job | {"out": out, "sp": mode == "sp"})
+        if one.get("no_plan"):
+            return CaseResult(case.name, "skipped", "the class declares no _sp_plan", seconds=clock())
+        two = bench.engine_pair(job | {"out": out, "parallel": PARALLEL[mode], "sp": mode == "sp"})
+    except (JobError, VerifyError) as error:
+        return CaseResult(case.name, "failed", f"raises {error}"[:600], seconds=clock())
+    for rank, answer in enumerate(two):
+        if answer["missing"]:
+            return CaseResult(
+                case.name, "failed", f"rank {rank} did not load {', '.join(answer['missing'][:4])}", seconds=clock()
+            )
+    want = torch.load(files["reference"], weights_only=True)["output"]
+    errors = [worst_difference(torch.load(f"{out}.rank{r}", weights_only=True)["output"], want) for r in range(2)]
+    figures: dict[str, Any] = max(errors, key=lambda e: e["rel_l2"])
+    figures |= {"elements": one["elements"], "elements_per_rank": [a["elements"] for a in two]}
+    if mode == "sp":
+        figures |= {
+            "sequence": max(one["sequence_lengths"], default=0),
+            "sequence_per_rank": [max(a["sequence_lengths"], default=0) for a in two],
+        }
+        sharded = 0 < max(figures["sequence_per_rank"]) < figures["sequence"]
+    else:
+        sharded = all(a["elements"] < one["elements"] for a in two)
+    problems = [] if sharded else ["nothing was sharded: both ranks hold everything"]
+    if not figures["rel_l2"] <= BOUND:
+        problems.append(f"relative L2 error {figures['rel_l2']:.2e} (bound {BOUND:.0e})")
+    return CaseResult(case.name, "failed" if problems else "passed", "; ".join(problems), figures, clock())

@@ -1,0 +1,47 @@
+"""One request through the public entry point, as a user writes it: `python -m porter.verify.serve_program JOB.json`.
+
+Started by rung `serve` with the environment of `platform.bootstrap`; no file of the engine is touched. Writes
+{images, seconds_init, seconds_generate} to the job's `out`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def images_of(outputs: Any) -> list[Any]:
+    """Pictures or frames in what `Omni.generate` returns."""
+    first = outputs[0]
+    found = getattr(first, "images", None)
+    if not found:
+        found = getattr(getattr(first, "request_output", None), "images", None)
+    return list(found or [])
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from porter.verify.platform import bootstrap
+
+    bootstrap.activate(job["generated"], (job["arch"],))
+    import numpy as np
+    import torch
+    from vllm_omni import Omni
+    from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+
+    start = time.perf_counter()
+    omni = Omni(model=job["checkpoint"], dtype="float32", enforce_eager=True, **job.get("options", {}))
+    ready = time.perf_counter()
+    params = OmniDiffusionSamplingParams(seed=job["seed"], **job["sampling"])
+    outputs = omni.generate(job["prompt"], sampling_params_list=[params])
+    done = time.perf_counter()
+    pictures = [torch.from_numpy(np.array(i)) for i in images_of(outputs)]
+    torch.save({"images": pictures, "seconds_init": ready - start, "seconds_generate": done - ready}, job["out"])
+    (omni.close if hasattr(omni, "close") else omni.shutdown)()
+
+
+if __name__ == "__main__":
+    main()

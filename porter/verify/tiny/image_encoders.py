@@ -1,0 +1,39 @@
+"""Vision encoders and processors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from porter.verify.tiny import builds
+
+
+@builds("CLIPImageProcessor")
+def clip_image_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import CLIPImageProcessor
+
+    edge = options.get("image_size", 32)
+    return CLIPImageProcessor(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge})
+
+
+@builds("CLIPVisionModel", "CLIPVisionModelWithProjection")
+def clip_vision(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    import transformers
+
+    config = transformers.CLIPVisionConfig(
+        hidden_size=options.get("hidden_size", 40), intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        image_size=options.get("image_size", 32), patch_size=16, projection_dim=options.get("projection_dim", 40),
+    )  # fmt: skip
+    return getattr(transformers, options.get("class", "CLIPVisionModel"))(config).eval()
+
+
+@builds("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
+def qwen2_vl_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    pixels = {"min_pixels": 56 * 56, "max_pixels": options.get("max_pixels", 56 * 56 * 4)}
+    return Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**pixels),
+        tokenizer=built["tokenizer"],
+        video_processor=Qwen2VLVideoProcessor(**pixels),
+    )

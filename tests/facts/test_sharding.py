@@ -1,0 +1,207 @@
+"""A role is inferred only where every step between acts on each shard alone."""
+
+import pytest
+
+from tests.facts.conftest import build, linears
+
+SPLIT = ".unflatten(-1, (heads, -1))\n"
+QKV = f"q = self.q(x){SPLIT}k = self.k(x){SPLIT}v = self.v(x){SPLIT}"
+ATTEND = "o = dispatch_attention_fn(q, k, v)\n"
+OUT = "return self.out(o.flatten(2, 3))"
+LAYERS = linears("q", "k", "v", "out")
+COLUMN, ROW = {"q", "k", "v"}, {"out"}
+
+
+def roles(facts, *lines, forward, **more):
+    """(column, row) paths of the class."""
+    found = facts(build(*lines, forward=forward, **more)).roles
+    return {p for _, p in found.column}, {p for _, p in found.row}
+
+
+def attention(facts, forward, *lines):
+    return roles(facts, *LAYERS, *lines, forward=forward, arguments="x, y, heads")
+
+
+def pair(facts, forward, *lines):
+    return roles(facts, *linears("up", "down"), *lines, forward=forward, arguments="x, y")
+
+
+# ---- attention
+
+
+def test_query_key_and_value_are_columns_and_the_output_is_a_row(facts):
+    assert attention(facts, QKV + ATTEND + OUT) == (COLUMN, ROW)
+
+
+def test_keywords_name_query_key_and_value_too(facts):
+    assert attention(facts, QKV + "o = dispatch_attention_fn(value=v, key=k, query=q)\n" + OUT) == (COLUMN, ROW)
+
+
+def test_torch_attention_counts_as_attention(facts):
+    assert attention(facts, QKV + "o = F.scaled_dot_product_attention(q, k, v)\n" + OUT) == (COLUMN, ROW)
+
+
+def test_a_function_that_only_looks_like_attention_shards_nothing(facts):
+    assert attention(facts, QKV + "o = torch.lerp(q, k, v)\n" + OUT) == (set(), set())
+
+
+def test_attention_that_leaves_the_model_is_not_sharded(facts):
+    assert attention(facts, QKV + ATTEND + "return o") == (set(), set())
+
+
+def test_a_whole_tensor_added_to_attention_vetoes(facts):
+    assert attention(facts, QKV + ATTEND + "return self.out(o.flatten(2, 3) + y)") == (set(), set())
+
+
+def test_a_number_vetoes_nothing(facts):
+    assert attention(facts, QKV + ATTEND + "return self.out(o.flatten(2, 3) * 2.0)") == (COLUMN, ROW)
+
+
+def test_a_parameter_used_on_heads_vetoes(facts):
+    line = "self.gate = nn.Parameter(torch.ones(dim))"
+    assert attention(facts, QKV + "q = q * self.gate\n" + ATTEND + OUT, line) == (set(), set())
+
+
+def test_attention_added_on_one_path_only_vetoes(facts):
+    forward = QKV + ATTEND + "if y is not None:\n    o = y\n" + OUT
+    assert attention(facts, forward) == (set(), set())
+
+
+def test_none_on_one_path_vetoes_nothing(facts):
+    forward = QKV + "o = None\nif y is not None:\n    o = dispatch_attention_fn(q, k, v)\n" + OUT
+    assert attention(facts, forward) == (COLUMN, ROW)
+
+
+# ---- pairs
+
+
+def test_linears_with_an_activation_between_are_a_pair(facts):
+    assert pair(facts, "return self.down(F.gelu(self.up(x)))") == ({"up"}, {"down"})
+
+
+def test_an_activation_module_is_elementwise(facts):
+    assert pair(facts, "return self.down(self.act(self.up(x)))", "self.act = nn.SiLU()") == ({"up"}, {"down"})
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "return self.down(self.up(x) + x)",
+        "return self.down(self.up(x) * y)",
+        "h = self.up(x)\nh += x\nreturn self.down(h)",
+        "return self.down(torch.softmax(self.up(x), dim=-1))",
+        "return self.down(self.up(x).mean(-1))",
+        "return self.down(self.up(x).reshape(2, -1))",
+        "h = self.up(x)\nreturn self.down(h), h",
+        "h = self.up(x)\nif y is None:\n    h = x\nreturn self.down(h)",
+        "return self.down(self.norm(self.up(x)))",
+        "return self.down(self.up(x) * self.gate)",
+        "return self.up(x)",
+    ],
+)
+def test_whatever_meets_a_whole_tensor_stays_replicated(facts, forward):
+    lines = ["self.norm = nn.LayerNorm(dim)", "self.gate = nn.Parameter(torch.ones(dim))"]
+    assert pair(facts, forward, *lines) == (set(), set())
+
+
+def test_a_residual_around_the_pair_vetoes_nothing(facts):
+    assert pair(facts, "return x + self.down(F.gelu(self.up(x)))") == ({"up"}, {"down"})
+
+
+def test_in_a_chain_every_second_linear_sums(facts):
+    found = roles(facts, *linears("a", "b", "c"), forward="return self.c(F.silu(self.b(F.silu(self.a(x)))))")
+    assert found == ({"a"}, {"b"})
+
+
+def test_a_linear_never_has_two_roles(facts):
+    column, row = roles(
+        facts, *linears("a", "b", "c", "d"), forward="return self.d(F.relu(self.c(F.relu(self.b(F.relu(self.a(x)))))))"
+    )
+    assert column == {"a", "c"} and row == {"b", "d"}
+
+
+def test_the_elements_of_a_list_act_one_after_the_other(facts):
+    line = "self.net = nn.ModuleList([nn.Linear(dim, 4), nn.GELU(), nn.Linear(4, dim)])"
+    assert roles(facts, line, forward="for m in self.net:\n    x = m(x)\nreturn x") == ({"net.0"}, {"net.2"})
+
+
+# ---- side by side
+
+
+def test_what_a_row_reads_side_by_side_is_packed(facts):
+    lines = [*LAYERS[:3], *linears("mlp"), "self.out = nn.Linear(dim + dim, dim)"]
+    forward = QKV + ATTEND + "return self.out(torch.cat([o.flatten(2, 3), F.gelu(self.mlp(x))], dim=2))"
+    found = facts(build(*lines, forward=forward, arguments="x, heads")).roles
+    assert {p for _, p in found.column} == {"q", "k", "v", "mlp"}
+    assert len(found.packed["Net", "out"]) == 2
+
+
+def test_a_whole_part_beside_a_shard_vetoes(facts):
+    forward = QKV + ATTEND + "return self.out(torch.cat([o.flatten(2, 3), y], dim=-1))"
+    assert attention(facts, forward) == (set(), set())
+
+
+def test_concatenation_along_the_sequence_packs_nothing(facts):
+    forward = QKV + ATTEND + "return self.out(torch.cat([o.flatten(2, 3), o.flatten(2, 3)], dim=1))"
+    found = facts(build(*LAYERS, forward=forward, arguments="x, heads")).roles
+    assert {p for _, p in found.row} == ROW and not found.packed
+
+
+FUSED = ["self.qkv = nn.Linear(dim, dim * 3)", *linears("out")]
+
+
+def test_one_linear_for_query_key_and_value_is_sharded_when_it_is_chunked(facts):
+    forward = "q, k, v = self.qkv(x).chunk(3, dim=-1)\n" + ATTEND + "return self.out(o)"
+    found = facts(build(*FUSED, forward=forward)).roles
+    assert dict(found.chunks) == {("Net", "qkv"): 3} and {p for _, p in found.column} == {"qkv"}
+
+
+def test_one_linear_for_query_key_and_value_is_not_sharded_when_a_reshape_mixes_them(facts):
+    forward = "q, k, v = self.qkv(x).reshape(1, -1, 3, 4, 8).unbind(2)\n" + ATTEND + "return self.out(o)"
+    assert roles(facts, *FUSED, forward=forward) == (set(), set())
+
+
+# ---- norms, flags, several classes
+
+
+def test_a_norm_over_all_heads_is_computed_across_ranks(facts):
+    forward = "q = self.norm(self.q(x)).unflatten(-1, (heads, -1))\n" + QKV.split("\n", 1)[1] + ATTEND + OUT
+    found = facts(build(*LAYERS, "self.norm = nn.RMSNorm(dim)", forward=forward, arguments="x, heads")).roles
+    assert {p for _, p in found.across} == {"norm"}
+
+
+def test_a_norm_of_each_head_is_not(facts):
+    forward = QKV + "q = self.norm(q)\n" + ATTEND + OUT
+    found = facts(build(*LAYERS, "self.norm = nn.RMSNorm(8)", forward=forward, arguments="x, heads")).roles
+    assert not found.across and {p for _, p in found.column} == COLUMN
+
+
+FLAGGED = "h = self.up(x)\nif self.last:\n    h = x\nif not self.last:\n    x = self.down(F.gelu(h))\nreturn x"
+
+
+def test_a_flag_of_two_classes_has_one_value_at_a_time(facts):
+    part = build(*linears("up", "down"), "self.last = last", name="Part", parameters="dim, last", forward=FLAGGED)
+    net = build("self.part = Part(dim, last)", "self.last = last", parameters="dim, last",
+                forward="h = self.part(x)\nif self.last:\n    h = h * 2\nreturn h")  # fmt: skip
+    found = facts(part + net).roles
+    assert (found.column, found.row) == ({("Part", "up")}, {("Part", "down")})
+
+
+def test_a_test_of_one_class_only_is_not_taken_for_a_shared_flag(facts):
+    found = roles(facts, *linears("up", "down"), "self.last = last", parameters="dim, last", forward=FLAGGED)
+    assert found == (set(), set())
+
+
+def test_a_linear_read_whole_under_one_value_of_a_shared_flag_is_no_row(facts):
+    part = build(*linears("up", "down"), "self.last = last", name="Part", parameters="dim, last",
+                 forward="h = self.up(x)\nif self.last:\n    h = h + x\nreturn self.down(h)")  # fmt: skip
+    net = build("self.part = Part(dim, last)", "self.last = last", parameters="dim, last",
+                forward="h = self.part(x)\nif self.last:\n    h = h * 2\nreturn h")  # fmt: skip
+    assert facts(part + net).roles.row == set()
+
+
+def test_a_result_handed_to_another_class_is_whole(facts):
+    part = build(*linears("down"), name="Part", forward="return self.down(x)")
+    net = build(*linears("up"), "self.part = Part(dim)", forward="return self.part(F.gelu(self.up(x)))")
+    found = facts(part + net).roles
+    assert (found.column, found.row) == (set(), set())

@@ -1,0 +1,160 @@
+"""Whole ports of a small pipeline: what is in them and what must not be."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from porter.model import PorterError
+from tests.pipeline.conftest import CALL, HEAD, INIT, PIPELINE, Studio, printed
+
+
+def test_a_port_is_python(studio: Studio) -> None:
+    ast.parse(printed(studio.port()))
+
+
+def test_guidance_becomes_two_branches_of_the_engine(studio: Studio) -> None:
+    code = printed(studio.port())
+    assert 'positive_kwargs = {"hidden_states": latents, "timestep": timestep, "text": embeds, }' in code
+    assert 'negative_kwargs = positive_kwargs | {"text": negative_embeds, }' in code
+    assert "do_classifier_free_guidance, guidance_scale, positive_kwargs, negative_kwargs, cfg_normalize=False" in code
+
+
+def test_defaults_are_those_of_diffusers(studio: Studio) -> None:
+    code = printed(studio.port())
+    assert "num_inference_steps: int = 7" in code
+    assert "guidance_scale: float = 3.0" in code
+    assert "sampling.guidance_scale if sampling.guidance_scale_provided else None" in code
+
+
+def test_nothing_of_diffusers_own_runtime_is_left(studio: Studio) -> None:
+    code = printed(studio.port())
+    for gone in ("callback_on_step_end is", "interrupt", "maybe_free_model_hooks", "_execution_device", "cache_context",
+                 "locals()", "return_dict=True", "register_modules", "never_read", "lora_scale is not None"):  # fmt: skip
+        assert gone not in code
+
+
+def test_comments_of_the_source_stay(studio: Studio) -> None:
+    code = printed(studio.port())
+    for comment in ("# longest prompt decides", "# one number per image", "# compute the previous sample"):
+        assert comment in code
+
+
+def test_a_variable_that_only_some_paths_bind_is_bound_first(studio: Studio) -> None:
+    code = printed(studio.port())
+    assert code.index("negative_embeds = None") < code.index("negative_embeds = self.encode_prompt")
+
+
+def test_a_component_nobody_uses_is_not_loaded(studio: Studio) -> None:
+    assert '"safety"' not in printed(studio.port())
+
+
+def test_every_parameter_has_a_place(studio: Studio) -> None:
+    places = {p.name: p.place for p in studio.port().parameters}
+    assert places["prompt"] == places["negative_prompt"] == "prompt"
+    assert places["guidance_scale"] == places["latents"] == "sampling"
+    assert places["num_images_per_prompt"] == "outputs"
+    assert places["flavour"] == "extra"
+    assert places["attention_kwargs"] == places["callback_on_step_end"] == "refused"
+
+
+def test_post_processing_keeps_only_options_it_reads(studio: Studio) -> None:
+    code = printed(studio.port())
+    assert "processor = VaeImageProcessor()" in code
+    assert "vae_scale_factor=self.vae_scale_factor" not in code
+
+
+def test_the_unguided_norm_rescale_is_recognised(studio: Studio) -> None:
+    rescale = """                    combined = negative_noise + self.guidance_scale * (noise - negative_noise)
+                    a = torch.norm(noise, dim=-1, keepdim=True)
+                    b = torch.norm(combined, dim=-1, keepdim=True)
+                    noise = combined * (a / b)
+"""
+    plain = "                    noise = negative_noise + self.guidance_scale * (noise - negative_noise)\n"
+    assert "cfg_normalize=True" in printed(studio.port(PIPELINE.replace(plain, rescale)))
+
+
+def test_another_formula_overrides_the_combination(studio: Studio) -> None:
+    source = PIPELINE.replace(
+        "noise = negative_noise + self.guidance_scale * (noise - negative_noise)",
+        "noise = noise + (self.guidance_scale - 1) * (noise - negative_noise)",
+    )
+    code = printed(studio.port(source))
+    assert "def combine_cfg_noise(" in code
+    assert "noise = noise + (true_cfg_scale - 1) * (noise - negative_noise)" in code
+
+
+def test_batched_guidance_is_kept_as_it_is_and_said_so(studio: Studio) -> None:
+    start = CALL.index("                if self.do_classifier_free_guidance:\n                    with")
+    end = CALL.index("                # compute the previous")
+    guide = """                if self.do_classifier_free_guidance:
+                    a, b = noise.chunk(2)
+                    noise = a + self.guidance_scale * (b - a)
+"""
+    batched = CALL[:start] + guide + CALL[end:]
+    port = studio.port(HEAD + INIT + batched)
+    assert port.features["cfg_parallel"].status == "unsupported"
+    assert "batched guidance" in port.features["cfg_parallel"].reason
+    assert "noise.chunk(2)" in printed(port)
+
+
+def test_a_pipeline_without_a_loop_is_diagnosed_not_guessed(studio: Studio) -> None:
+    source = PIPELINE.replace("for i, t in enumerate(timesteps):", "if timesteps:\n                i, t = 0, 1")
+    with pytest.raises(PorterError) as error:
+        studio.port(source)
+    assert error.value.diagnostics[0].code == "PORT501"
+    assert "loop" in str(error.value)
+
+
+def test_two_scheduler_steps_are_diagnosed(studio: Studio) -> None:
+    step = "                latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]\n"
+    with pytest.raises(PorterError, match="more than one place"):
+        studio.port(PIPELINE.replace(step, step + step))
+
+
+def test_an_attribute_nobody_sets_is_diagnosed(studio: Studio) -> None:
+    with pytest.raises(PorterError, match=r"self\.missing"):
+        studio.port(PIPELINE.replace("height = height or 64", "height = height or self.missing"))
+
+
+def test_prompts_padded_to_the_longest_do_not_share_a_call_without_a_mask(studio: Studio) -> None:
+    port = studio.port(PIPELINE.replace('padding="max_length"', "padding=True"))
+    assert port.features["request_batch"].status == "unsupported"
+    assert "supports_request_batch: ClassVar[bool] = False" in printed(port)
+
+
+def test_a_step_that_is_more_than_the_engines_gets_a_method_of_its_own(studio: Studio) -> None:
+    source = PIPELINE.replace(
+        "                if callback_on_step_end is not None:", "                latents = latents * self.scheduler.sigma\n"
+        "                if callback_on_step_end is not None:",
+    )  # fmt: skip
+    code = printed(studio.port(source))
+    assert "def step_latents(self, scheduler, noise, t, latents):" in code
+    assert "latents = latents * scheduler.sigma" in code
+    assert (
+        "self.step_latents(state.scheduler, noise=noise_pred, t=state.current_timestep, latents=state.latents)" in code
+    )
+
+
+def test_state_that_a_helper_reads_stays_on_the_object(studio: Studio) -> None:
+    helper = "    def strength(self):\n        return self._guidance_scale\n\n"
+    stored = "        self._guidance_scale = guidance_scale\n"
+    call = CALL.replace(stored, stored + "        height = height * self.strength()\n")
+    code = printed(studio.port(HEAD + INIT + helper + call))
+    assert "self._guidance_scale = guidance_scale" in code
+    assert "def do_classifier_free_guidance(self):" in code
+
+
+def test_a_loop_that_reads_state_of_one_call_gets_no_step_execution(studio: Studio) -> None:
+    helper = "    def strength(self):\n        return self._guidance_scale\n\n"
+    call = CALL.replace(
+        "timestep = t.expand(latents.shape[0])", "timestep = t.expand(latents.shape[0]) * self.strength()"
+    )
+    port = studio.port(HEAD + INIT + helper + call)
+    assert port.features["step_execution"].status == "unsupported"
+    assert "def denoise_step" not in printed(port)
+
+
+def test_the_same_source_gives_the_same_bytes(studio: Studio) -> None:
+    assert printed(studio.port()) == printed(studio.port())

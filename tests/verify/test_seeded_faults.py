@@ -1,0 +1,88 @@
+"""The verifier is verified: a port with a known mistake fails at the rung that should notice it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from porter.verify.cases import load_cases
+from porter.verify.manifest import find, read_manifest
+from porter.verify.outcome import RungResult
+from porter.verify.pipeline_spec import load_spec
+from tests.verify.faults import FAULTS, Fault, seed
+from tests.verify.hand_port import SUBJECT
+
+SMALLEST_NUMBER = 15
+
+
+def run_rung(bench: Any, generated: Path, rung: str, names: tuple[str, ...]) -> RungResult:
+    """One rung on some cases of the subject."""
+    from porter.verify.rungs.module import module
+    from porter.verify.rungs.pipeline import pipeline
+    from porter.verify.rungs.tp import sp, tp
+    from porter.verify.rungs.weights import weights
+
+    port, denoisers = find(read_manifest(generated), SUBJECT)
+    assert port is not None
+    if rung == "pipeline":
+        return pipeline(bench, generated, port, load_spec(SUBJECT), names)
+    denoiser = denoisers[0]
+    cases = [c for c in load_cases(denoiser.source_class) if c.name in names]
+    return {"module": module, "weights": weights, "tp": tp, "sp": sp}[rung](bench, generated, denoiser, cases)
+
+
+def folder_of(generated: Path) -> str:
+    port, _ = find(read_manifest(generated), SUBJECT)
+    assert port is not None
+    return port.folder
+
+
+@pytest.fixture(scope="session")
+def right(bench: Any, port_folder: Path) -> dict[tuple[str, tuple[str, ...]], RungResult]:
+    """What the unchanged port gives, per rung and cases; filled on demand."""
+    return {}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name.replace(" ", "-"))
+def test_a_wrong_port_is_caught_and_the_right_one_passes(
+    fault: Fault, bench: Any, port_folder: Path, right: dict[Any, RungResult], tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong"
+    places = seed(port_folder, folder_of(port_folder), wrong, fault)
+    if places == 0:
+        pytest.skip("the port has no such place")
+    key = (fault.rung, fault.cases)
+    if key not in right:
+        right[key] = run_rung(bench, port_folder, *key)
+    clean = {c.name: c for c in right[key].cases}
+    joint, single = clean.get("two-prompts-two-each"), clean.get("two-prompts")
+    if fault.joint and joint and single and joint.figures.get("calls", 0) > single.figures.get("calls", 0):
+        pytest.skip("the port serves such requests one by one")
+    result = run_rung(bench, wrong, fault.rung, fault.cases)
+    shutil.rmtree(wrong)
+    caught = [c for c in result.failures() if clean[c.name].status == "passed"] if clean else []
+    print(f"{fault.name}: {places} places, {[c.message[:160] for c in caught]}")
+    right_ones = [c.status == "passed" for c in clean.values()]
+    generated = port_folder.name == "generated"  # the stand-in has mistakes of its own
+    assert (all if generated else any)(right_ones), [c.message for c in clean.values()]
+    assert caught, f"not caught by {fault.rung}: {[(c.name, c.figures) for c in result.cases]}"
+
+
+def test_enough_faults_apply(port_folder: Path, tmp_path: Path) -> None:
+    folder = folder_of(port_folder)
+    applied = [f.name for i, f in enumerate(FAULTS) if seed(port_folder, folder, tmp_path / str(i), f)]
+    assert len(applied) >= SMALLEST_NUMBER, f"only {applied}"
+
+
+def test_a_miss_names_the_diverging_module(bench: Any, port_folder: Path, tmp_path: Path) -> None:
+    fault = next(f for f in FAULTS if f.name == "key and value swapped")
+    wrong = tmp_path / "wrong"
+    assert seed(port_folder, folder_of(port_folder), wrong, fault)
+    case = run_rung(bench, wrong, "module", fault.cases).cases[0]
+    assert case.where is not None
+    print(case.message)
+    assert "attn" in case.where["module"]
+    assert case.where["line"] > 0
