@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from porter.exits import EXAMPLES, INTERNAL, INTERRUPTED, OK, USAGE
+from porter.resources import CORPUS
 
 app = typer.Typer(
     name="porter",
@@ -48,7 +49,7 @@ Rules = Annotated[Path | None, typer.Option("--rules", help="Folder of rules (de
 Out = Annotated[Path, typer.Option("--out", help="Folder of the generated package.")]
 FormatOption = Annotated[Format, typer.Option("--format", help="How diagnostics are printed.")]
 Evidence = Annotated[Path | None, typer.Option(help="Results of verify that the manifest cites.")]
-EVIDENCE = Path("tests/corpus/evidence.json")
+EVIDENCE = CORPUS / "evidence.json"
 ThresholdOption = Annotated[Threshold, typer.Option(help="Exit with 3 for diagnostics of this effort or more.")]
 
 
@@ -152,7 +153,7 @@ def status(
 @app.command()
 def coverage(
     out: Out = Path("generated"),
-    corpus: Annotated[Path, typer.Option(help="Folder with the configurations of denoisers.")] = Path("tests/corpus"),
+    corpus: Annotated[Path, typer.Option(help="Folder with the configurations of denoisers.")] = CORPUS,
 ) -> None:
     """Every class and what is proven about it, as CSV; tests/corpus/coverage.csv is a copy of this."""
     from porter.commands import coverage as run

@@ -1,4 +1,4 @@
-"""Where rules and templates lie: beside the package in a checkout, inside it in an installed wheel."""
+"""Where rules, templates and the corpus lie: in a checkout beside the package, in an installed wheel inside it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, beside: str) -> Path:
     packed = _PACKAGE / f"_{name}"
-    return packed if packed.is_dir() else _PACKAGE.parent / name
+    return packed if packed.is_dir() else _PACKAGE.parent / beside
 
 
-RULES = _folder("rules")
-TEMPLATES = _folder("templates")
+RULES = _folder("rules", "rules")
+TEMPLATES = _folder("templates", "templates")
+CORPUS = _folder("corpus", "tests/corpus")

@@ -45,9 +45,10 @@ def inside(wheel: Path, *arguments: str) -> str:
     ).stdout
 
 
-def test_a_wheel_holds_every_rule_and_template(wheel: Path) -> None:
-    for name in ("rules", "templates"):
-        beside = {p.relative_to(ROOT / name) for p in (ROOT / name).rglob("*") if p.is_file()}
+def test_a_wheel_holds_every_rule_template_and_case(wheel: Path) -> None:
+    for name in ("rules", "templates", "corpus"):
+        home = ROOT / ("tests/corpus" if name == "corpus" else name)
+        beside = {p.relative_to(home) for p in home.rglob("*") if p.is_file()}
         packed = wheel / "porter" / f"_{name}"
         assert {p.relative_to(packed) for p in packed.rglob("*") if p.is_file()} == beside
 
@@ -60,8 +61,8 @@ def test_a_wheel_holds_what_porter_reads_at_run_time(wheel: Path) -> None:
 
 
 def test_an_installed_porter_gives_the_bytes_of_a_checkout(wheel: Path, tmp_path: Path) -> None:
-    where = inside(wheel, "-c", "import porter.resources as r; print(r.RULES); print(r.TEMPLATES)")
-    assert where.split() == [str(wheel / "porter/_rules"), str(wheel / "porter/_templates")]
+    where = inside(wheel, "-c", "import porter.resources as r; print(r.RULES); print(r.TEMPLATES); print(r.CORPUS)")
+    assert where.split() == [str(wheel / "porter" / name) for name in ("_rules", "_templates", "_corpus")]
     subject = ("-m", "porter", "convert", "diffusers.QwenImagePipeline", "--out")
     inside(wheel, *subject, str(tmp_path / "wheel"))
     subprocess.run([sys.executable, *subject, str(tmp_path / "checkout")], cwd=ROOT, check=True, capture_output=True)

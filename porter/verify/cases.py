@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from porter.resources import CORPUS
 from porter.verify.outcome import VerifyError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class ModuleCase:
 
 
 def corpus_root() -> Path:
-    return Path(__file__).resolve().parents[2] / "tests" / "corpus"
+    return CORPUS
 
 
 def load_cases(denoiser: str, folder: Path | str | None = None) -> tuple[ModuleCase, ...]:
