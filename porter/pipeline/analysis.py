@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import libcst as cst
 
@@ -27,7 +28,7 @@ from porter.model import Diagnostic, PorterError, SiteStatus, Span, Unknown
 from porter.pipeline.cleanup import bind_to_port, clean
 from porter.pipeline.fold import PRESENT, Knowledge
 from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
-from porter.pipeline.localise import localise
+from porter.pipeline.localise import is_self_assignment, localise
 from porter.pipeline.model import Parameter
 from porter.pipeline.parameters import request_parameters
 from porter.pipeline.prune import settle
@@ -35,7 +36,7 @@ from porter.pipeline.tables import Tables
 from porter.source.library import Library
 from porter.source.marks import mark_of
 from porter.source.names import referenced
-from porter.source.tree import body, find, parameters, self_attribute, strip_docstring
+from porter.source.tree import body, find, parameters, self_attribute, strip_docstring, substitute, with_body
 
 NO_LOOP, NO_TAIL, NO_COMPONENTS = "PORT501", "PORT501", "PORT504"
 
@@ -104,7 +105,7 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     forward = _forward_parameters(library, parts)
     return Analysis(
         found, parts, tuple(arguments), mapping, cut, guidance(cut, names, forward), end,
-        tuple(_constructor(found, known)), tuple(helpers), local.kept, span, cleaned.statuses,
+        tuple(_constructor(found, known, [c.name for c in parts])), tuple(helpers), local.kept, span, cleaned.statuses,
         cleaned.diagnostics,
     )  # fmt: skip
 
@@ -131,13 +132,16 @@ def _state_read_by_helpers(
     return frozenset(n for h in helpers for n in self_reads(h.node))
 
 
-def _constructor(found: Members, known: Knowledge) -> list[cst.BaseStatement]:
-    """What the constructor does besides registering components."""
+def _constructor(found: Members, known: Knowledge, components: Sequence[str]) -> list[cst.BaseStatement]:
+    """What the constructor does besides registering components; its parameters are the port's attributes."""
     init = found.method("__init__")
     if init is None:
         return []
-    cleaned = body(clean_method(init, known, {}))
-    return [s for s in strip_docstring(cleaned) if not _registers(s)]
+    attributes = {n: cst.Attribute(cst.Name("self"), cst.Name(n)) for n in components}
+    own = [s for s in strip_docstring(body(init)) if not _registers(s)]
+    renamed = [cast(cst.BaseStatement, substitute(s, dict(attributes))) for s in own]
+    cleaned = body(clean_method(with_body(init, renamed), known, {}))
+    return [s for s in cleaned if not is_self_assignment(s)]
 
 
 def _registers(statement: cst.BaseStatement) -> bool:

@@ -38,10 +38,10 @@ def localise(
     local = writes(statements)
     for attribute in state.attributes:
         name = attribute.lstrip("_")
-        taken = name in local or (name in parameters and not _set_from(statements, attribute, name))
+        taken = name in local or name in parameters
         if attribute in kept:
             continue
-        names[attribute] = f"call_{name}" if taken and not _only_set_from(statements, attribute, name, local) else name
+        names[attribute] = f"call_{name}" if taken and not _only_set_from(statements, attribute, name) else name
     plain = {p: v for p, v in state.properties.items() if self_attribute(v) in names}
     computed = {
         p: v
@@ -55,7 +55,7 @@ def localise(
     for statement in statements:
         concerned = bool(self_reads(statement) & rewriter.names.keys())
         new = cast(cst.BaseStatement, statement.visit(rewriter)) if concerned else statement
-        if not _is_self_assignment(new):
+        if not is_self_assignment(new):
             out.append(new)
         seen |= _assigned(statement)
         for name in [p for p, needs in pending.items() if needs <= seen]:
@@ -85,7 +85,7 @@ def _set_from(statements: Sequence[cst.BaseStatement], attribute: str, name: str
     )
 
 
-def _only_set_from(statements: Sequence[cst.BaseStatement], attribute: str, name: str, local: frozenset[str]) -> bool:
+def _only_set_from(statements: Sequence[cst.BaseStatement], attribute: str, name: str) -> bool:
     """The attribute mirrors a local of the same name that is written only before it is stored."""
     stored = False
     for statement in statements:
@@ -95,10 +95,11 @@ def _only_set_from(statements: Sequence[cst.BaseStatement], attribute: str, name
             stored = True
             if not _set_from([statement], attribute, name):
                 return False
-    return name in local
+    return True
 
 
-def _is_self_assignment(statement: cst.BaseStatement) -> bool:
+def is_self_assignment(statement: cst.BaseStatement) -> bool:
+    """Whether a statement gives a name its own value."""
     if not isinstance(statement, cst.SimpleStatementLine) or not isinstance(statement.body[0], cst.Assign):
         return False
     assign = statement.body[0]

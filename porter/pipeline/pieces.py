@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.facts.pipeline import Guidance
+from porter.facts.pipeline.feasible import carried_unbound
 from porter.facts.pipeline.liveness import always_writes, live_before, uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
@@ -56,8 +57,9 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     head = branch_reads(guide) if isinstance(guide, Guidance) else (*cut.predict, *cut.guide)
     whole = [*cut.predict, *cut.guide, *cut.step]
     written = writes(whole)
-    top = set(live_before(whole, after_loop | live_before(whole))) - loop_names
+    top = _from_before(analysis, whole, after_loop) - loop_names
     carried = _ordered(written & (top | (after_loop & written)), cut.step)
+    after_loop &= written | _bound_before(analysis)
     before_step = live_before(step, after_loop | top)
     handed = (before_step & writes(head)) - loop_names
     noise = step_noise(analysis)
@@ -80,7 +82,13 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     predict, overrides = predict_code(analysis, noise, extras)
     simple = plain_step(step, step_call(cut), noise, loop.timestep, returned[0])
     steps, scheduler_code, more = step_code(
-        step, simple, analysis, noise, [n for n in extras if n in reads], carried, step_inputs
+        step,
+        simple,
+        analysis,
+        noise,
+        [n for n in extras if n in reads],
+        _stepped(carried, step, returned[0]),
+        step_inputs,
     )
     stepwise = _stepwise(analysis, carried, extras)
     return Pieces(
@@ -88,6 +96,23 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
         tuple(extras), tuple(carried), returned[0], tuple(loop_inputs), tuple(inputs), tuple(decode_inputs), tuple(step_inputs),
         isinstance(guide, Guidance), stepwise,
     )  # fmt: skip
+
+
+def _stepped(carried: Sequence[str], step: Sequence[cst.BaseStatement], latents: str) -> list[str]:
+    """Carried names that the step region sets, the latents first; the prediction hands over the others."""
+    return [latents, *(n for n in carried if n != latents and n in writes(step))]
+
+
+def _from_before(analysis: Analysis, loop: Sequence[cst.BaseStatement], after: frozenset[str]) -> set[str]:
+    """Names that one round of the loop takes from the round before it, or the first one from the encode region."""
+    found = set(live_before(loop, after | live_before(loop)))
+    unbound = found - _bound_before(analysis)
+    return found - unbound | carried_unbound(loop, after, unbound) if unbound else found
+
+
+def _bound_before(analysis: Analysis) -> frozenset[str]:
+    """Names that something ahead of the loop may bind."""
+    return writes(analysis.regions.encode) | {p.name.value for p in analysis.arguments}
 
 
 def _stepwise(analysis: Analysis, carried: Sequence[str], extras: Sequence[str]) -> Unknown | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import libcst as cst
 
@@ -306,7 +306,13 @@ def method(owner: cst.ClassDef, name: str) -> cst.FunctionDef | None:
     return None
 
 
-def body(node: cst.FunctionDef | cst.ClassDef | cst.If | cst.For | cst.With | cst.Else) -> list[cst.BaseStatement]:
+Block: TypeAlias = (
+    cst.FunctionDef | cst.ClassDef | cst.If | cst.For | cst.While | cst.With | cst.Else | cst.Try | cst.ExceptHandler
+    | cst.Finally
+)  # fmt: skip
+
+
+def body(node: Block) -> list[cst.BaseStatement]:
     """Statements of a suite; a one-line suite is turned into ordinary statements."""
     suite = node.body
     if isinstance(suite, cst.SimpleStatementSuite):

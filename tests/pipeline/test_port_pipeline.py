@@ -158,3 +158,19 @@ def test_a_loop_that_reads_state_of_one_call_gets_no_step_execution(studio: Stud
 
 def test_the_same_source_gives_the_same_bytes(studio: Studio) -> None:
     assert printed(studio.port()) == printed(studio.port())
+
+
+def test_state_that_the_loop_changes_is_not_the_argument_it_came_from(studio: Studio) -> None:
+    changed = "                timestep = t.expand(latents.shape[0])\n"
+    source = PIPELINE.replace(changed, changed + "                self._guidance_scale = 1 + guidance_scale * t\n")
+    code = printed(studio.port(source))
+    assert "call_guidance_scale = 1 + guidance_scale * t" in code
+    assert "call_guidance_scale = guidance_scale" in code
+
+
+def test_constructor_arguments_are_the_ports_attributes(studio: Studio) -> None:
+    source = PIPELINE.replace("self.never_read = 3", "self.factor = vae.config.factor\n        self.vae = vae")
+    source = source.replace("height = height or 64", "height = height or self.factor")
+    code = printed(studio.port(source))
+    assert "self.factor = self.vae.config.factor" in code
+    assert "self.vae = self.vae" not in code and "self.vae = vae" not in code

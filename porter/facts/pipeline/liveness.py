@@ -171,9 +171,23 @@ def _before(node: cst.BaseStatement, live: set[str]) -> set[str]:
             n for i in node.items if i.asname for n in names_of(i.asname.name)
         }
         return inner.union(*(uses(i.item) for i in node.items))
+    if isinstance(node, cst.Try):
+        return _before_try(node, live)
     if isinstance(node, cst.FunctionDef):
         return (live - {node.name.value}) | (uses(node.body) - _parameter_names(node) - writes(body(node)))
     return live | uses(node)
+
+
+def _before_try(node: cst.Try, live: set[str]) -> set[str]:
+    """A handler may run before the guarded statements bound anything, so what it needs is needed at the start."""
+    if node.finalbody is not None:
+        live = set(live_before(body(node.finalbody), live))
+    found = set(live_before(body(node), live_before(body(node.orelse), live) if node.orelse is not None else live))
+    for handler in node.handlers:
+        inner = set(live_before(body(handler), live))
+        found |= inner - (names_of(handler.name.name) if handler.name is not None else set())
+        found |= uses(handler.type) if handler.type is not None else set()
+    return found
 
 
 def _before_loop(node: cst.For | cst.While, live: set[str], bound: set[str]) -> set[str]:

@@ -38,3 +38,12 @@ def test_a_branch_that_raises_does_not_spoil_certainty() -> None:
 
 def test_a_nested_target_is_written() -> None:
     assert writes(body("(a, [b, c]), d.e = f()\n")) == {"a", "b", "c"}
+
+
+def test_a_handler_may_run_before_anything_was_bound() -> None:
+    text = "try:\n    x = f()\nexcept Bad as e:\n    warn(e, y)\n"
+    assert live_before(body(text), {"x"}) == {"x", "y", "f", "Bad", "warn"}
+
+
+def test_a_handler_that_raises_leaves_nothing_unbound() -> None:
+    assert "x" not in live_before(body("try:\n    x = f()\nexcept Bad:\n    raise\n"), {"x"})
