@@ -25,14 +25,15 @@ COLUMNS = (
     "module_error",
     "tensor_parallel",
     "tensor_parallel_error",
-    "rank_share",
+    "block_share",
     "pipeline",
     "cfg_parallel",
     "step_execution",
     "request_batch",
     "serve",
 )
-"""Errors are relative L2; `rank_share` is the largest part of the denoiser's parameters that one of two ranks holds."""
+"""Errors are relative L2; `block_share` is the largest part of the repeated blocks' parameters that one of two
+ranks holds."""
 
 
 def table(generated: Path, corpus: Path, hints: Path) -> str:
@@ -95,6 +96,7 @@ def _proof(features: Mapping[str, Mapping[str, Any]], only: tuple[str, ...] | No
             found[f"{column}_error"] = f"{figures['worst_rel_l2']:.1e}"
         if column == "module" and "cases" in figures:
             found["module_cases"] = str(figures["cases"])
-        if "elements_per_rank" in figures and figures.get("elements"):
-            found["rank_share"] = f"{max(figures['elements_per_rank']) / figures['elements']:.2f}"
+        if figures.get("block_elements_per_rank"):
+            share = max(figures["block_elements_per_rank"]) / figures["block_elements"]
+            found["block_share"] = f"{share:.2f}"
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from os.path import commonprefix
 
 from porter.specialise.liveness import holds_module
 from porter.specialise.model import Model
@@ -39,8 +40,10 @@ def class_names(model: Model) -> dict[int, str]:
     names: dict[int, str] = {}
     taken: set[str] = set()
     for base, specs in groups.items():
-        for spec in specs:
-            name = base if len(specs) == 1 else _variant(base, spec, specs)
+        variants = [base if len(specs) == 1 else _variant(base, spec, specs) for spec in specs]
+        for spec, variant in zip(specs, variants, strict=True):
+            rivals = {s.processor for s, v in zip(specs, variants, strict=True) if v == variant}
+            name = variant if len(rivals) == 1 else _with_strategy(variant, spec)
             number = 2
             unique = name
             while unique in taken:
@@ -63,11 +66,18 @@ def _variant(base: str, spec: Spec, specs: list[Spec]) -> str:
     return base
 
 
+def _with_strategy(variant: str, spec: Spec) -> str:
+    """`FooCrossAttention` with a `FooGatedAttnProcessor2_0` -> `FooGatedCrossAttention`."""
+    strategy = re.sub(r"(Attn|Attention)?Processor[\d_]*$", "", (spec.processor or "").rpartition(".")[2])
+    return strategy + variant.removeprefix(commonprefix([strategy, variant]))
+
+
 def attention_role(spec: Spec) -> str | None:
     """`self`, `cross` or `joint` for a class whose forward attends; None if it has no processor."""
     if spec.processor is None:
         return None
     source = spec.calls.get("forward", {}).get("encoder_hidden_states", NONE)
-    if source == NONE:
+    # Called with a dict of arguments, a container without a width for another sequence attends over its own.
+    if source == NONE or (spec.variadic and spec.init.get("cross_attention_dim") == NONE):
         return "self"
     return "joint" if holds_module(spec.attributes.get("add_q_proj")) else "cross"

@@ -51,6 +51,7 @@ def job_module(job: Mapping[str, Any]) -> dict[str, Any]:
             "not_parameters": account.not_parameters[:20],
             "parameters": account.parameters,
             "elements": account.elements,
+            "block_elements": block_elements(model),
         }
         if account.missing:
             torch.save({"output": None, "records": []}, job["out"])
@@ -61,6 +62,19 @@ def job_module(job: Mapping[str, Any]) -> dict[str, Any]:
         output = s.call(model, inputs, sp_hooks=sp and job["world"] > 1)
     torch.save({"output": output, "records": records}, job["out"])
     return answer | {"sequence_lengths": sharded[:64]}
+
+
+def block_elements(model: torch.nn.Module) -> dict[str, int]:
+    """Elements of every parameter inside the repeated blocks (the model's `_repeated_blocks`), summed over the blocks:
+    numbers in names are written `*`. Empty for a model that names no blocks."""
+    repeated = set(getattr(model, "_repeated_blocks", ()))
+    prefixes = tuple(f"{n}." for n, child in model.named_modules() if type(child).__name__ in repeated)
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if prefixes and name.startswith(prefixes):
+            key = ".".join("*" if part.isdigit() else part for part in name.split("."))
+            found[key] = found.get(key, 0) + parameter.numel()
+    return found
 
 
 def _apply_sequence_parallel(s: engine_session.Session, model: torch.nn.Module) -> None:

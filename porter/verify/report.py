@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from porter.verify.manifest import write_atomically
-from porter.verify.outcome import BOUND, RungResult
+from porter.verify.outcome import BOUND, CaseResult, RungResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -133,12 +133,27 @@ def _state(rung: RungResult) -> dict[str, Any]:
         value = next((c.figures[key] for c in good if key in c.figures), None)
         if value is not None and rung.rung not in ("module", "weights", "pipeline"):
             evidence[key] = value
+    if rung.rung == "tp" and (largest := max(good, key=_block_share, default=None)) is not None:
+        evidence |= {k: largest.figures[k] for k in BLOCK_FIGURES if k in largest.figures}
+        if _block_share(largest) <= ENOUGH:
+            evidence.pop("replicated_in_blocks", None)
     if rung.status == "passed":
         return {"status": "validated", "evidence": evidence}
     failed = ", ".join(c.name for c in rung.failures()[:6])
     if good:
         return {"status": "limited", "reason": f"fails: {failed}", "evidence": evidence}
     return {"status": "unsupported", "reason": f"{failed}: {rung.failures()[0].message}"[:300]}
+
+
+BLOCK_FIGURES = ("block_elements", "block_elements_per_rank", "replicated_in_blocks")
+ENOUGH = 0.6
+"""Largest part of the blocks' parameters that a rank of two holds without the evidence saying which are replicated."""
+
+
+def _block_share(case: CaseResult) -> float:
+    """Largest part of the blocks' parameters that one rank holds; 0 where the model names no blocks."""
+    ranks = case.figures.get("block_elements_per_rank", ())
+    return float(max(ranks, default=0) / case.figures["block_elements"]) if ranks else 0.0
 
 
 ORDER = ("validated", "not tested", "limited", "unsupported")

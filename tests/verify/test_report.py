@@ -12,6 +12,7 @@ from rich.console import Console
 from porter.verify.manifest import find, merge_features, read_manifest
 from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, skipped
 from porter.verify.report import VerifyReport, feature_states
+from porter.verify.rungs.tp import block_shares
 from porter.verify.run import verify
 
 GOOD = CaseResult("a", "passed", "", {"rel_l2": 2e-7, "elements": 8, "elements_per_rank": [5, 5]})
@@ -89,3 +90,21 @@ def test_unknown_rungs_and_names_are_refused_before_anything_starts(tmp_path: Pa
         verify("Bar", tmp_path)
     with pytest.raises(VerifyError, match="does not exist"):
         verify("FooModel", tmp_path / "nowhere")
+
+
+def test_replicated_weights_are_named_only_where_a_rank_holds_too_much_of_the_blocks() -> None:
+    kept = {"blocks.*.norm.weight": 40}
+    saved = {"block_elements": 100, "block_elements_per_rank": [55, 55], "replicated_in_blocks": kept}
+    wasteful = {"block_elements": 100, "block_elements_per_rank": [70, 70], "replicated_in_blocks": kept}
+    for figures, named in ((saved, None), (wasteful, kept)):
+        case = CaseResult("a", "passed", "", {"rel_l2": 2e-7, **figures})
+        evidence = feature_states((rung_of("tp", "Foo", [case], 1.0),))["tensor_parallel"]["evidence"]
+        assert evidence["block_elements_per_rank"] == figures["block_elements_per_rank"]
+        assert evidence.get("replicated_in_blocks") == named
+
+
+def test_a_parameter_counts_as_replicated_only_if_every_rank_holds_all_of_it() -> None:
+    whole = {"blocks.*.norm": 8, "blocks.*.proj": 64}
+    shares = block_shares(whole, [{"blocks.*.norm": 8, "blocks.*.proj": 32}] * 2)
+    assert shares["replicated_in_blocks"] == {"blocks.*.norm": 8}
+    assert shares["block_elements_per_rank"] == [40, 40]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,9 @@ from porter.verify.manifest import Denoiser
 from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of
 from porter.verify.rungs.module import engine_job, prepare
 
+NAMED = 6
+"""How many of the replicated parameters a result names."""
+
 PARALLEL: dict[str, dict[str, Any]] = {
     "tp": {"tensor_parallel_size": 2},
     "sp": {"ulysses_degree": 2, "mask_sp_padding": True},
@@ -20,7 +23,10 @@ PARALLEL: dict[str, dict[str, Any]] = {
 
 
 def tp(bench: Bench, generated: Path | str, denoiser: Denoiser, cases: Iterable[ModuleCase]) -> RungResult:
-    """Tensor parallel size 2 on two processes; parameters per rank must be fewer than on one rank."""
+    """Tensor parallel size 2 on two processes; parameters per rank must be fewer than on one rank.
+
+    Memory is saved where the model repeats itself, so the share that counts is that of the blocks (`block_elements`).
+    """
     clock = Clock()
     chosen = [c for c in cases if c.tp]
     return rung_of("tp", denoiser.source_class, [_case(bench, generated, denoiser, c, "tp") for c in chosen], clock())
@@ -31,6 +37,20 @@ def sp(bench: Bench, generated: Path | str, denoiser: Denoiser, cases: Iterable[
     clock = Clock()
     chosen = [c for c in cases if c.sp]
     return rung_of("sp", denoiser.source_class, [_case(bench, generated, denoiser, c, "sp") for c in chosen], clock())
+
+
+def block_shares(whole: Mapping[str, int], ranks: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+    """Elements of the repeated blocks on one rank and on each of several, and the largest parameters that every rank
+    holds whole. `whole` and `ranks` give elements by parameter, as `engine_jobs.block_elements` counts them."""
+    if not whole:
+        return {}
+    replicated = {n: size for n, size in whole.items() if all(r.get(n) == size for r in ranks)}
+    largest = sorted(replicated, key=lambda n: (-replicated[n], n))[:NAMED]
+    return {
+        "block_elements": sum(whole.values()),
+        "block_elements_per_rank": [sum(r.values()) for r in ranks],
+        "replicated_in_blocks": {n: replicated[n] for n in largest},
+    }
 
 
 def _case(bench: Bench, generated: Path | str, denoiser: Denoiser, case: ModuleCase, mode: str) -> CaseResult:
@@ -63,6 +83,7 @@ def _case(bench: Bench, generated: Path | str, denoiser: Denoiser, case: ModuleC
         }
         sharded = 0 < max(figures["sequence_per_rank"]) < figures["sequence"]
     else:
+        figures |= block_shares(one["block_elements"], [a["block_elements"] for a in two])
         sharded = all(a["elements"] < one["elements"] for a in two)
     problems = [] if sharded else ["nothing was sharded: both ranks hold everything"]
     if not figures["rel_l2"] <= BOUND:
