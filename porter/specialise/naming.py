@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from os.path import commonprefix
+from itertools import takewhile
 
 from porter.specialise.liveness import holds_module
 from porter.specialise.model import Model
@@ -69,7 +69,8 @@ def _variant(base: str, spec: Spec, specs: list[Spec]) -> str:
 def _with_strategy(variant: str, spec: Spec) -> str:
     """`FooCrossAttention` with a `FooGatedAttnProcessor2_0` -> `FooGatedCrossAttention`."""
     strategy = re.sub(r"(Attn|Attention)?Processor[\d_]*$", "", (spec.processor or "").rpartition(".")[2])
-    return strategy + variant.removeprefix(commonprefix([strategy, variant]))
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(strategy, variant, strict=False)))
+    return strategy + variant[shared:]
 
 
 def attention_role(spec: Spec) -> str | None:

@@ -12,8 +12,8 @@ from rich.console import Console
 from porter.verify.manifest import find, merge_features, read_manifest
 from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, skipped
 from porter.verify.report import VerifyReport, feature_states
-from porter.verify.rungs.tp import block_shares
 from porter.verify.run import verify
+from porter.verify.rungs.tp import block_shares
 
 GOOD = CaseResult("a", "passed", "", {"rel_l2": 2e-7, "elements": 8, "elements_per_rank": [5, 5]})
 BAD = CaseResult("b", "failed", "relative L2 error 1e-2", {"rel_l2": 1e-2})
