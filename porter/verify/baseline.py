@@ -205,7 +205,7 @@ def one_call(pipe, call):
         from PIL import Image
 
         for name, paths in call["images"].items():
-            images = [Image.open(p).convert("RGB") for p in (paths if isinstance(paths, list) else [paths])]
+            images = [Image.open(p).copy() for p in (paths if isinstance(paths, list) else [paths])]
             kwargs[name] = images if isinstance(paths, list) else images[0]
     error, output, start = None, None, time.perf_counter()
     try:

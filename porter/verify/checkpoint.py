@@ -40,6 +40,8 @@ def build_checkpoint(pipeline_class: str, spec: Mapping[str, Any], out: Path | s
     import diffusers
     import torch
 
+    from porter.verify.tiny import build_component, random_model
+
     torch.manual_seed(seed)
     pipeline = getattr(diffusers, pipeline_class)
     declared = component_classes(pipeline)
@@ -51,7 +53,7 @@ def build_checkpoint(pipeline_class: str, spec: Mapping[str, Any], out: Path | s
     for name in sorted(declared, key=_order):
         options = given.get(name, {})
         if name in denoisers:
-            built[name] = _denoiser(denoisers[name], seed + 1 + len(built))
+            built[name] = random_model(denoisers[name]["class"], denoisers[name]["config"], seed + 1 + len(built))
         elif options is None:
             built[name] = None
         elif not isinstance(options, dict):
@@ -59,8 +61,6 @@ def build_checkpoint(pipeline_class: str, spec: Mapping[str, Any], out: Path | s
         elif declared[name] in ("bool", "int", "float", "str") or _optional(pipeline, name, given):
             continue
         else:
-            from porter.verify.tiny import build_component
-
             suffix = name.removeprefix("text_encoder") if name.startswith("text_encoder") else ""
             class_name = options.get("class", declared[name])
             if class_name is None:
@@ -82,23 +82,6 @@ def _optional(pipeline: type, name: str, given: Mapping[str, Any]) -> bool:
     """A component that has a default in the constructor is left out unless the file mentions it."""
     parameter = inspect.signature(inspect.getattr_static(pipeline, "__init__")).parameters[name]
     return parameter.default is not parameter.empty and name not in given
-
-
-def _denoiser(entry: Mapping[str, Any], seed: int) -> Any:
-    """A denoiser with all weights random; drawn as `baseline.randomize` does, in the order of names."""
-    import diffusers
-    import torch
-
-    model = getattr(diffusers, entry["class"])(**entry["config"]).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
-            draw = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() <= 1:
-                parameter.copy_(1 + 0.1 * draw if "norm" in name and name.endswith("weight") else 0.2 * draw)
-            else:
-                parameter.copy_(draw * parameter[0].numel() ** -0.5)
-    return model
 
 
 def check_checkpoint(path: Path | str) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ def arguments_of(call: Mapping[str, Any]) -> dict[str, Any]:
         from PIL import Image
 
         for name, paths in call["images"].items():
-            opened = [Image.open(p).convert("RGB") for p in (paths if isinstance(paths, list) else [paths])]
+            opened = [Image.open(p).copy() for p in (paths if isinstance(paths, list) else [paths])]
             kwargs[name] = opened if isinstance(paths, list) else opened[0]
     return kwargs
 

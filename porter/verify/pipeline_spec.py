@@ -10,9 +10,12 @@ odd: {height: 40, width: 52}                      # a size that is not a multipl
 everything: {sigmas: [1.0, 0.5], ...}             # every other parameter, at another value than its default
 embeds: [{encode: {prompt: ...}, names: [prompt_embeds, null], without: [prompt], with: {}}]
 raises: [{name: ..., call: {...}}]                # requests that Diffusers refuses
-extra: [{name: ..., call: {...}}]                 # further requests
+extra: [{name: ..., call: {...}, images: {...}}]  # further requests, perhaps with other pictures (`{}`: none)
 omitted_stop: 1                                   # steps to run when everything is left at its default
-images: {image: [40, 56]}                         # height and width of random pictures
+images: {image: [40, 56]}                         # random pictures: [height, width], or
+                                                  #   {size: [40, 56], mode: L}   RGB, RGBA, L
+                                                  #   {size: [40, 56], mask: true}   white box on black
+                                                  #   a list of such entries: several pictures
 only: [plain, prompt-embeds]                      # beginnings of names: leave the other requests out
 cfg: {true_cfg_scale: 3.0}                        # what a request needs for two guidance branches
 """
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,7 @@ class RequestCase:
     encode: tuple[Mapping[str, Any], ...] = field(default=())
     per_prompt: int = 1
     apart: bool = False
+    images: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompts(self) -> int:
@@ -88,8 +92,10 @@ def load_spec(pipeline: str, folder: Path | str | None = None) -> PipelineSpec |
     if data["pipeline"] != pipeline:
         raise VerifyError(f"{path}: pipeline is {data['pipeline']}, the file's name says {pipeline}")
     for row in (*data.get("raises", ()), *data.get("extra", ())):
-        if set(row) != {"name", "call"}:
-            raise VerifyError(f"{path}: an entry of raises or extra has the keys name and call, not {sorted(row)}")
+        if not {"name", "call"} <= set(row) <= {"name", "call", "images"}:
+            raise VerifyError(
+                f"{path}: an entry of raises or extra has the keys name and call, perhaps images, not {sorted(row)}"
+            )
     return PipelineSpec(pipeline, data)
 
 
@@ -119,8 +125,13 @@ def request_table(spec: PipelineSpec, parameters: Mapping[str, Any]) -> tuple[Re
         cases.append(RequestCase("odd-size", guided | spec.get("odd")))
     if "output_type" in parameters:
         cases.append(RequestCase("latent-output", guided | {"output_type": "latent"}))
-    cases += [RequestCase(row["name"], base | row["call"]) for row in spec.get("extra", ())]
-    cases += [RequestCase(f"raises-{row['name']}", base | row["call"]) for row in spec.get("raises", ())]
+    images = spec.get("images", {})
+    cases = [replace(c, images=images, apart=c.apart or (c.prompts > 1 and bool(images))) for c in cases]
+    for kind, prefix in (("extra", ""), ("raises", "raises-")):
+        cases += [
+            RequestCase(prefix + row["name"], base | row["call"], images=row.get("images", images))
+            for row in spec.get(kind, ())
+        ]
     only = tuple(spec.get("only", ()))
     return tuple(c for c in cases if not only or c.name.startswith(only))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ from porter.verify.compare import difference
 from porter.verify.manifest import Port
 from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of, skipped
 from porter.verify.pipeline_spec import SEED, PipelineSpec, RequestCase
-from porter.verify.rungs.pipeline import checkpoint_of, judge, port_job, raised, reference, table_of, timed
+from porter.verify.rungs.pipeline import (
+    checkpoint_of,
+    judge,
+    pictures_of,
+    port_job,
+    raised,
+    reference,
+    table_of,
+    timed,
+)  # fmt: skip
 
 
 def _not_runnable(rung: str, port: Port, spec: PipelineSpec | None) -> RungResult | None:
@@ -26,7 +36,7 @@ def _guided(bench: Bench, spec: PipelineSpec) -> list[RequestCase]:
     table = {c.name: c for c in table_of(bench, spec)}
     base = table.get("negative-prompt", table["plain"])
     if spec.get("cfg"):
-        return [RequestCase("guided", {**base.kwargs, **spec.get("cfg")})]
+        return [replace(base, name="guided", kwargs={**base.kwargs, **spec.get("cfg")})]
     return [base]
 
 
@@ -114,8 +124,7 @@ def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
     }
     seeds = [SEED, SEED + 1, SEED + 2]
     call = {"kwargs": joint, "seed": seeds, "stop_after": None}
-    if spec.get("images"):
-        call["images"] = reference(bench, spec, checkpoint, [base])[0]["call"]["images"]
+    call["images"] = {n: pictures_of(bench, n, entry) for n, entry in base.images.items()}
     out = bench.path("batch")
     job = port_job(generated, port, checkpoint, [call], max_num_seqs=3)
     try:

@@ -54,19 +54,31 @@ def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase
     if tensors:
         call["tensors"] = bench.path("tensors")
         torch.save(tensors, call["tensors"])
-    if spec.get("images"):
-        call["images"] = {n: _picture(bench, n, size) for n, size in spec.get("images").items()}
+    call["images"] = {n: pictures_of(bench, n, entry) for n, entry in case.images.items()}
     return call
 
 
-def _picture(bench: Bench, name: str, size: list[int]) -> str:
+def pictures_of(bench: Bench, name: str, entry: Any) -> str | list[str]:
+    """File of a random picture, or files of several: `[height, width]`, `{size, mode, mask}`, or a list of these."""
+    if isinstance(entry, list) and not all(isinstance(n, int) for n in entry):
+        return [_picture(bench, f"{name}-{index}", one, 8 + index) for index, one in enumerate(entry)]
+    return _picture(bench, name, entry, 7)
+
+
+def _picture(bench: Bench, name: str, entry: Any, seed: int) -> str:
     import torch
     from PIL import Image
 
-    path = bench.folder / f"picture-{name}.png"
+    options = entry if isinstance(entry, dict) else {"size": entry}
+    height, width = options["size"]
+    mode = "L" if options.get("mask") else options.get("mode", "RGB")
+    path = bench.folder / f"picture-{name}-{height}-{width}-{mode}.png"
     if not path.exists():
-        generator = torch.Generator().manual_seed(7)
-        pixels = torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+        shape = (height, width) if mode == "L" else (height, width, len(mode))
+        pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        if options.get("mask"):
+            pixels = torch.zeros(shape, dtype=torch.uint8)
+            pixels[height // 4 : -height // 3, width // 5 : -width // 4] = 255
         Image.fromarray(pixels.numpy()).save(path)
     return str(path)
 
@@ -216,6 +228,6 @@ def raised(error: Exception) -> str:
 
 
 __all__ = [
-    "VerifyError", "call_of", "checkpoint_of", "grouped", "judge", "pipeline", "port_job", "raised", "reference",
+    "VerifyError", "call_of", "checkpoint_of", "grouped", "judge", "pictures_of", "pipeline", "port_job", "raised", "reference",
     "table_of", "timed",
 ]  # fmt: skip

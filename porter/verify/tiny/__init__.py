@@ -13,7 +13,7 @@ from porter.verify.outcome import VerifyError
 
 Builder = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
 BUILDERS: dict[str, Builder] = {}
-MODULES = ("tokenizers", "text_encoders", "image_encoders", "autoencoders", "schedulers")
+MODULES = ("tokenizers", "text_encoders", "image_encoders", "autoencoders", "schedulers", "controlnets")
 
 
 def builds(*class_names: str) -> Callable[[Builder], Builder]:
@@ -42,6 +42,23 @@ def build_component(class_name: str, options: Mapping[str, Any], built: Mapping[
             " pipeline's file under tests/corpus/pipelines",
         )
     return builder(options, built)
+
+
+def random_model(class_name: str, config: Mapping[str, Any], seed: int) -> Any:
+    """A Diffusers model with all weights random (no zero-init is left); drawn as `baseline.randomize` does."""
+    import diffusers
+    import torch
+
+    model = getattr(diffusers, class_name)(**config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            draw = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() <= 1:
+                parameter.copy_(1 + 0.1 * draw if "norm" in name and name.endswith("weight") else 0.2 * draw)
+            else:
+                parameter.copy_(draw * parameter[0].numel() ** -0.5)
+    return model
 
 
 def tokenizer_of(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
