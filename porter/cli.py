@@ -16,6 +16,7 @@ import typer
 
 from porter.exits import EXAMPLES, INTERNAL, INTERRUPTED, OK, USAGE
 from porter.resources import CORPUS
+from porter.verify.outcome import Again
 
 app = typer.Typer(
     name="porter",
@@ -112,20 +113,39 @@ def analyze(
 
 @app.command()
 def verify(
-    pipeline: Annotated[str, typer.Argument(metavar="CLASS", help="A pipeline or denoiser with a port.")],
-    rungs: Annotated[str | None, typer.Option(help="Comma-separated rungs (default: all that fit).")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Argument(metavar="CLASS...", help="Pipelines or denoisers with a port.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every port of the folder, as one sweep.")] = False,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only what the evidence says nothing about, of the classes or of all.")
+    ] = False,
+    again: Annotated[
+        Again | None, typer.Option(help="Sweep: what runs although there is evidence (default: what is not proven).")
+    ] = None,
+    rungs: Annotated[
+        str | None, typer.Option(help="Comma-separated rungs (default: all; a sweep leaves out serve).")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A real checkpoint instead of a tiny random one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
     out: Out = Path("generated"),
     device: Annotated[str, typer.Option(help="Only cpu so far.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
-    record: Annotated[bool, typer.Option("--record", help="Put the results into the manifest as evidence.")] = False,
-    evidence: Evidence = EVIDENCE,
+    limit: Annotated[float, typer.Option(help="Sweep: seconds that one class may take.")] = 300.0,
+    record: Annotated[
+        bool, typer.Option("--record", help="Put the results of one class into the evidence; a sweep always does.")
+    ] = False,
+    evidence: Annotated[Path, typer.Option(help="Where results are kept; the manifest cites them.")] = EVIDENCE,
 ) -> None:
-    """Run a port on the real engine beside Diffusers and compare numbers."""
+    """Run ports on the real engine beside Diffusers and compare numbers."""
+    from porter.commands import Verification
     from porter.commands import verify as run
 
-    raise typer.Exit(run(pipeline, rungs, checkpoint, json_file, out, device, threads, record, evidence))
+    what = Again.unknown if changed else again
+    options = Verification(
+        rungs, checkpoint, json_file, out, device, threads, record, evidence, everything, what, limit
+    )
+    raise typer.Exit(run(classes or [], options))
 
 
 @app.command()

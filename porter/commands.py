@@ -8,13 +8,18 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from porter.diagnostics.catalogue import EFFORTS, effort_of
 from porter.diagnostics.render import lines_of, render, worst
 from porter.exits import DRIFT, FINDINGS, OK, USAGE, VERIFICATION
 from porter.model import Diagnostic, PorterError, Span
+
+if TYPE_CHECKING:
+    from porter.verify.outcome import Again
+    from porter.verify.report import VerifyReport
 
 
 def note(text: str) -> None:
@@ -117,45 +122,77 @@ def analyze(names: list[str], source: Path | None, rules: Path | None, fmt: str)
     return OK
 
 
-def verify(
-    name: str,
-    rungs: str | None,
-    checkpoint: Path | None,
-    json_file: Path | None,
-    out: Path,
-    device: str,
-    threads: int,
-    record: bool,
-    evidence: Path | None = None,
-) -> int:
-    """`porter verify`: run the ladder and print its table."""
-    if device != "cpu":
-        advice = "the ladder runs on cpu"
-        raise PorterError(Diagnostic("PORT013", f"device {device} is not a device of the ladder", advice=advice))
-    from porter.verify.outcome import VerifyError
-    from porter.verify.run import verify as climb
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Options of `porter verify`, as given."""
 
-    chosen = [r.strip() for r in rungs.split(",") if r.strip()] if rungs else None
-    try:
-        report = climb(
-            name,
-            out,
-            chosen,
-            checkpoint,
-            threads=threads,
-            report=json_file,
-            update_manifest=record,
-            evidence=evidence if record else None,
-            progress=note,
+    rungs: str | None
+    checkpoint: Path | None
+    json_file: Path | None
+    out: Path
+    device: str
+    threads: int
+    record: bool
+    evidence: Path
+    everything: bool = False
+    again: Again | None = None
+    limit: float = 300.0
+
+
+def verify(names: list[str], options: Verification) -> int:
+    """`porter verify`: run the ladder, for one class or as a sweep over many, and print its table."""
+    many = options.everything or options.again is not None or len(names) > 1
+    if options.device != "cpu":
+        advice = "the ladder runs on cpu"
+        raise PorterError(
+            Diagnostic("PORT013", f"device {options.device} is not a device of the ladder", advice=advice)
         )
-    except VerifyError as error:
-        note(f"porter verify: {error}" + (f"\n  {error.advice}" if getattr(error, "advice", "") else ""))
-        return USAGE
+    if bool(names) == options.everything and not (many and not names):
+        raise PorterError(Diagnostic("PORT013", "name classes, or say --all", advice="for example: porter verify NAME"))
+    if many and options.checkpoint is not None:
+        raise PorterError(Diagnostic("PORT013", "a checkpoint belongs to one class", advice="name that class"))
     from rich.console import Console
 
-    Console().print(report.table())
+    from porter.verify.outcome import VerifyError
+
+    try:
+        report = _sweep(names, options) if many else _climb(names[0], options)
+    except VerifyError as error:
+        note(f"porter verify: {error.message}" + (f"\n  {error.advice}" if error.advice else ""))
+        return USAGE
+    wide = None if sys.stdout.isatty() else 160
+    Console(width=wide).print(report.by_class() if many else report.table())
     print(report.summary())
-    return OK if report.passed else VERIFICATION
+    return VERIFICATION if report.failed or not (many or report.passed) else OK
+
+
+def _climb(name: str, options: Verification) -> VerifyReport:
+    from porter.verify.run import verify as climb
+
+    evidence = options.evidence if options.record else None
+    return climb(
+        name, options.out, _rungs(options), options.checkpoint, threads=options.threads, report=options.json_file,
+        evidence=evidence, progress=note,
+    )  # fmt: skip
+
+
+def _sweep(names: list[str], options: Verification) -> VerifyReport:
+    from porter.verify.outcome import Again
+    from porter.verify.progress import Bar
+    from porter.verify.sweep import sweep
+
+    with Bar() as bar:
+        report = sweep(
+            names, options.out, _rungs(options), evidence=options.evidence, again=options.again or Again.unproven,
+            threads=options.threads, limit=options.limit, follow=bar,
+        )  # fmt: skip
+    if options.json_file is not None:
+        report.write(options.json_file)
+    return report
+
+
+def _rungs(options: Verification) -> list[str] | None:
+    return [r.strip() for r in options.rungs.split(",") if r.strip()] if options.rungs else None
 
 
 def status(out: Path, fmt: str) -> int:

@@ -6,7 +6,6 @@ Reads text only. Neither torch nor diffusers nor the engine is imported, and no 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from porter.emit import linemap
 from porter.emit.record import port_record
 from porter.emit.source_file import file_header, print_definitions
 from porter.engine import RuleSet, load_rules
+from porter.evidence import read_evidence
 from porter.manifest import Manifest, PortEntry, manifest_text
 from porter.model import Diagnostic, PorterError
 from porter.pipeline import Denoiser, PipelinePort, port_pipeline
@@ -127,7 +127,7 @@ class _Conversion:
         return file_header(public, span.file if span else "", self.library.version, digest)
 
     def _entries(self, files: Mapping[str, str], evidence: Path | None) -> list[PortEntry]:
-        proven = json.loads(evidence.read_text(encoding="utf-8")) if evidence and evidence.is_file() else {}
+        proven = read_evidence(evidence)
         entries = [PortEntry.of_pipeline(folder, p, self.transformers, files, proven)
                    for folder, p in self.pipelines.values()]  # fmt: skip
         covered = {d["source"] for e in entries for d in e.denoisers.values()}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from porter.evidence import code_digest, features_of
+from porter.evidence import cited
 
 if TYPE_CHECKING:
     from porter.pipeline import PipelinePort
@@ -74,9 +74,19 @@ class PortEntry:
         entry = cls(f"diffusers.{target.name}", target.name, folder, None, None, None, None, denoisers)
         return _with_features(entry, _proven(entry, files, proven))
 
-    def digest(self, files: Mapping[str, str]) -> str:
-        """SHA-256 over the code of the port; evidence is bound to it."""
-        return code_digest(self.folder, self.modules(), files.__getitem__)
+    def row(self) -> dict[str, Any]:
+        """The entry as the manifest has it, keys in the order of the contract."""
+        return {
+            "source": self.source,
+            "arch": self.arch,
+            "folder": self.folder,
+            "module": self.module,
+            "class": self.cls,
+            "pre_process": self.pre_process,
+            "post_process": self.post_process,
+            "denoisers": self.denoisers,
+            "features": self.features,
+        }
 
 
 def _denoiser(port: TransformerPort) -> dict[str, str]:
@@ -84,7 +94,7 @@ def _denoiser(port: TransformerPort) -> dict[str, str]:
 
 
 def _proven(entry: PortEntry, files: Mapping[str, str], proven: Mapping[str, Any]) -> dict[str, Any]:
-    return features_of(proven.get(entry.arch), entry.digest(files))
+    return cited(entry.row(), proven, files.__getitem__)
 
 
 def _with_features(entry: PortEntry, features: Mapping[str, Mapping[str, Any]]) -> PortEntry:
@@ -103,19 +113,5 @@ class Manifest:
 
 def manifest_text(manifest: Manifest) -> str:
     """JSON text, keys in the order of the contract."""
-    ports = [
-        {
-            "source": p.source,
-            "arch": p.arch,
-            "folder": p.folder,
-            "module": p.module,
-            "class": p.cls,
-            "pre_process": p.pre_process,
-            "post_process": p.post_process,
-            "denoisers": p.denoisers,
-            "features": p.features,
-        }
-        for p in manifest.ports
-    ]
-    data = {"schema": 1, "diffusers": manifest.diffusers, "engine": ENGINE, "ports": ports}
+    data = {"schema": 1, "diffusers": manifest.diffusers, "engine": ENGINE, "ports": [p.row() for p in manifest.ports]}
     return json.dumps(data, indent=2) + "\n"

@@ -4,15 +4,16 @@ import json
 
 import pytest
 
-from porter.evidence import code_digest, features_of, remember
+from porter.evidence import Finding, cited, code_digest, features_of, reader, remember
 
 CODE = "# Ported by porter from diffusers.Foo, rule set abc.\n# Generated.\nx = 1\n"
 PORT = {
-    "arch": "Foo",
+    "source": "diffusers.Foo",
     "folder": "foo",
     "module": "pipeline_foo",
-    "denoisers": {"transformer": {"module": "foo_transformer"}},
+    "denoisers": {"transformer": {"source": "diffusers.Net", "module": "foo_transformer"}},
 }
+SIBLING = {**PORT, "source": "diffusers.Bar", "module": "pipeline_bar"}
 STATE = {"status": "validated", "evidence": "max error 1e-7"}
 
 
@@ -49,13 +50,19 @@ def test_no_record_proves_nothing():
     assert features_of({"features": {"tp": STATE}}, "abc") == {}
 
 
+def test_a_module_that_it_imports_from_its_folder_is_part_of_the_code():
+    files = {"foo/a.py": "from .b import f\n", "foo/b.py": "def f(): ...\n", "foo/c.py": "x = 1\n"}
+    assert digest(files) != digest({**files, "foo/b.py": "def f(): return 1\n"})
+    assert digest(files) == digest({**files, "foo/c.py": "x = 2\n"})
+
+
 @pytest.fixture
 def generated(tmp_path):
     folder = tmp_path / "generated"
     (folder / "foo").mkdir(parents=True)
-    (folder / "foo/pipeline_foo.py").write_text(CODE)
-    (folder / "foo/foo_transformer.py").write_text(CODE)
-    (folder / "manifest.json").write_text(json.dumps({"ports": [PORT, {**PORT, "arch": "Bar"}]}))
+    for name in ("pipeline_foo", "pipeline_bar", "foo_transformer"):
+        (folder / f"foo/{name}.py").write_text(f"{CODE}{name} = 1\n")
+    (folder / "manifest.json").write_text(json.dumps({"ports": [PORT, SIBLING]}))
     return folder
 
 
@@ -64,34 +71,80 @@ def record(tmp_path):
     return tmp_path / "evidence.json"
 
 
-def features(record, arch="Foo"):
-    return json.loads(record.read_text())[arch]["features"]
+def add(record, generated, name, **features):
+    remember(record, generated, {name: Finding(features, dict.fromkeys(features, 1.25), "abc")})
+
+
+def features(record, name="Foo"):
+    return json.loads(record.read_text())[name]["features"]
+
+
+def shown(record, generated, port=PORT):
+    return cited(port, json.loads(record.read_text()), reader(generated))
 
 
 def test_what_was_found_about_the_same_code_is_added_to(generated, record):
-    remember(record, generated, {"Foo": {"tp": STATE}})
-    remember(record, generated, {"Foo": {"cfg": STATE}})
-    assert features(record) == {"cfg": STATE, "tp": STATE}
+    add(record, generated, "Foo", step=STATE)
+    add(record, generated, "Foo", cfg=STATE)
+    assert features(record) == {"cfg": STATE, "step": STATE}
+    assert json.loads(record.read_text())["Foo"]["cases"] == {"cfg": "abc", "step": "abc"}
 
 
 def test_what_was_found_about_other_code_goes(generated, record):
-    remember(record, generated, {"Foo": {"tp": STATE}})
+    add(record, generated, "Foo", step=STATE)
     (generated / "foo/pipeline_foo.py").write_text(CODE + "y = 2\n")
-    remember(record, generated, {"Foo": {"cfg": STATE}})
+    add(record, generated, "Foo", cfg=STATE)
     assert features(record) == {"cfg": STATE}
 
 
-def test_a_port_that_was_not_run_gets_no_record(generated, record):
-    remember(record, generated, {"Foo": {"tp": STATE}})
+def test_what_is_found_about_a_denoiser_shows_in_every_port_that_uses_it(generated, record):
+    add(record, generated, "Net", tp=STATE)
+    assert shown(record, generated) == shown(record, generated, SIBLING) == {"tp": STATE}
+
+
+def test_what_is_found_about_a_pipeline_shows_in_no_other(generated, record):
+    add(record, generated, "Foo", cfg=STATE)
+    assert shown(record, generated) == {"cfg": STATE}
+    assert shown(record, generated, SIBLING) == {}
+
+
+def test_a_change_in_one_pipeline_leaves_the_proof_of_the_denoiser_and_of_the_others(generated, record):
+    for name in ("Net", "Foo", "Bar"):
+        add(record, generated, name, **{name: STATE})
+    (generated / "foo/pipeline_foo.py").write_text(CODE)
+    assert shown(record, generated) == {"Net": STATE}
+    assert shown(record, generated, SIBLING) == {"Bar": STATE, "Net": STATE}
+
+
+def test_a_change_in_a_denoiser_lapses_the_proof_of_its_pipelines(generated, record):
+    add(record, generated, "Foo", cfg=STATE)
+    (generated / "foo/foo_transformer.py").write_text(CODE)
+    assert shown(record, generated) == {}
+
+
+def test_a_port_with_two_denoisers_is_as_good_as_the_worse_one(generated, record):
+    (generated / "foo/other.py").write_text("x = 1\n")
+    two = {**PORT, "denoisers": {**PORT["denoisers"], "other": {"source": "diffusers.Other", "module": "other"}}}
+    (generated / "manifest.json").write_text(json.dumps({"ports": [two]}))
+    add(record, generated, "Net", tp=STATE)
+    assert shown(record, generated, two)["tp"] == {"status": "not tested", "reason": "Other was not run"}
+    add(record, generated, "Other", tp={"status": "limited", "reason": "fails: odd"})
+    assert shown(record, generated, two)["tp"]["status"] == "limited"
+    add(record, generated, "Other", tp=STATE)
+    assert shown(record, generated, two)["tp"] == STATE
+
+
+def test_a_class_that_was_not_run_gets_no_record(generated, record):
+    add(record, generated, "Foo", tp=STATE)
     assert set(json.loads(record.read_text())) == {"Foo"}
 
 
-def test_remembering_one_port_does_not_forget_another(generated, record):
-    remember(record, generated, {"Foo": {"tp": STATE}})
-    remember(record, generated, {"Bar": {"tp": STATE}})
+def test_remembering_one_class_does_not_forget_another(generated, record):
+    add(record, generated, "Foo", tp=STATE)
+    add(record, generated, "Bar", tp=STATE)
     assert features(record, "Foo") == features(record, "Bar") == {"tp": STATE}
 
 
-def test_a_state_of_a_port_that_does_not_exist_is_not_recorded(generated, record):
-    remember(record, generated, {"Nobody": {"tp": STATE}})
+def test_a_state_of_a_class_that_does_not_exist_is_not_recorded(generated, record):
+    add(record, generated, "Nobody", tp=STATE)
     assert json.loads(record.read_text()) == {}

@@ -45,6 +45,7 @@ class Worker:
         self.name, self.command, self.env, self.log = name, command, env, folder / f"{name}.log"
         self.process: subprocess.Popen[str] | None = None
         self.import_seconds = 0.0
+        self.deadline: float | None = None
         self._greeted = False
 
     def start(self) -> None:
@@ -83,9 +84,11 @@ class Worker:
 
     def _read(self, timeout: float) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None
+        if self.deadline is not None and self._greeted:
+            timeout = max(0.0, min(timeout, self.deadline - time.monotonic()))
         ready, _, _ = select.select([self.process.stdout], [], [], timeout)
         if not ready:
-            self.kill()
+            self.kill(grace=0.0)
             raise VerifyError(f"{self.name} gave no answer in {timeout:.0f} s", f"its last lines:\n{self._tail()}")
         line = self.process.stdout.readline()
         if not line:
@@ -100,8 +103,15 @@ class Worker:
     def _tail(self) -> str:
         return self.log.read_text(errors="replace")[-1500:] if self.log.exists() else ""
 
-    def kill(self) -> None:
-        """End the process; a later job starts a fresh one."""
+    def resident(self) -> int:
+        """Bytes of memory that the process holds; 0 where there is none or the system does not say."""
+        status = Path(f"/proc/{self.process.pid}/statm") if self.process else None
+        if status is None or not status.exists():
+            return 0
+        return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def kill(self, grace: float = 3.0) -> None:
+        """End the process, after `grace` seconds by force; a later job starts a fresh one."""
         process, self.process, self._greeted = self.process, None, False
         if process is None:
             return
@@ -110,7 +120,7 @@ class Worker:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
         try:
-            process.wait(3)
+            process.wait(grace)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -126,6 +136,7 @@ class Bench:
         self.folder = Path(tempfile.mkdtemp(prefix="porter_verify_")) if keep is None else keep
         self._keep = keep is not None
         self._numbers = itertools.count()
+        self._subjects = 0
         env = bootstrap.environment() | {"PORTER_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         plain = {k: v for k, v in env.items() if k not in ("PYTHONPATH",)} | (
             {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
@@ -161,6 +172,32 @@ class Bench:
         for worker in (self.baseline, *self.ranks):
             if worker.process is not None:
                 worker.ready()
+
+    def limit(self, seconds: float | None) -> None:
+        """From now on, all jobs together may take so long; the worker that is late is ended. None: no limit."""
+        for worker in (self.baseline, *self.ranks):
+            worker.deadline = None if seconds is None else time.monotonic() + seconds
+
+    def check_time(self) -> None:
+        """Raise VerifyError when the limit is over."""
+        if self.baseline.deadline is not None and time.monotonic() > self.baseline.deadline:
+            raise VerifyError("no time is left of the limit for one class")
+
+    def tidy(self, *, restart_after: int, memory: int) -> None:
+        """Forget what a subject left behind: references, checkpoints, scratch files.
+
+        Workers keep the modules they imported, so all of them end after `restart_after` subjects, and one that holds
+        more than `memory` bytes at once; the next job starts them again.
+        """
+        for kept in ("module_references", "pipeline_references", "checkpoints"):
+            self.__dict__.pop(kept, None)
+        for entry in list(os.scandir(self.folder)):
+            if not entry.name.endswith(".log"):
+                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+        self._subjects += 1
+        for worker in (self.baseline, *self.ranks):
+            if self._subjects % restart_after == 0 or worker.resident() > memory:
+                worker.kill()
 
     def path(self, stem: str, suffix: str = ".pt") -> str:
         """A fresh file name in the scratch folder."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from porter.evidence import cited, read_evidence, reader
 from porter.verify.outcome import VerifyError
 
 SCHEMA = 1
@@ -106,15 +107,14 @@ def find(manifest: Manifest, name: str) -> tuple[Port | None, tuple[Denoiser, ..
     raise VerifyError(f"no port of {name} in {manifest.path}", f"there are: {', '.join(known) or 'none'}")
 
 
-def merge_features(generated: Path | str, updates: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Write feature states into the manifest: {arch: {feature: {status, evidence | reason}}}. Atomic."""
+def refresh_features(generated: Path | str, evidence: Path | str) -> None:
+    """Let the manifest cite what the evidence says about today's code; other features stay. Atomic."""
     path = Path(generated) / "manifest.json"
     data = json.loads(path.read_text())
+    known = read_evidence(Path(evidence))
     for row in data["ports"]:
-        for feature, state in updates.get(row["arch"], {}).items():
-            row.setdefault("features", {})[feature] = dict(state)
-        if "features" in row:
-            row["features"] = dict(sorted(row["features"].items()))
+        features = {**row.get("features", {}), **cited(row, known, reader(Path(generated)))}
+        row["features"] = dict(sorted(features.items()))
     write_atomically(path, json.dumps(data, indent=2) + "\n")
 
 

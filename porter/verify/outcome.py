@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 Status = Literal["passed", "failed", "skipped"]
+
+
+class Again(StrEnum):
+    """Which rungs of a class a sweep runs: those not proven for its code, those it knows nothing about, or all."""
+
+    unproven = "unproven"
+    unknown = "unknown"
+    all = "all"
+
 
 BOUND = 1e-5
 """Largest relative L2 error of a float32 comparison. A correct port is bit-exact or near 1e-6."""

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from porter.evidence import ORDER
 from porter.verify.manifest import write_atomically
 from porter.verify.outcome import BOUND, CaseResult, RungResult
 
@@ -39,6 +40,11 @@ class VerifyReport:
         """No rung failed and at least one passed."""
         states = {r.status for r in self.rungs}
         return "failed" not in states and "passed" in states
+
+    @property
+    def failed(self) -> bool:
+        """A rung failed."""
+        return any(r.status == "failed" for r in self.rungs)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -90,6 +96,27 @@ class VerifyReport:
                     )  # fmt: skip
         return table
 
+    def by_class(self) -> Table:
+        """One row per class with a column per rung, and a row below it for the first failed case of each failed rung."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        rungs = list(dict.fromkeys(r.rung for r in self.rungs))
+        table = Table(title=f"porter verify: {self.subject}", title_justify="left", expand=False)
+        for name in ("class", *rungs, "worst rel L2", "seconds"):
+            table.add_column(name, justify="left" if name == "class" else "right")
+        for subject in dict.fromkeys(r.subject for r in self.rungs):
+            own = {r.rung: r for r in self.rungs if r.subject == subject}
+            errors = [r.worst for r in own.values() if r.worst is not None]
+            cells = [_cell(own.get(rung)) for rung in rungs]
+            worst, seconds = f"{max(errors):.1e}" if errors else "", sum(r.seconds for r in own.values())
+            table.add_row(subject, *cells, worst, f"{seconds:.1f}")
+            for rung in own.values():
+                if rung.status == "failed":
+                    first = rung.failures()[0]
+                    table.add_row(escape(f"  {rung.rung} {first.name}: {first.message}"[:200]))
+        return table
+
     def summary(self) -> str:
         """One line: counts and time."""
         count = {s: sum(r.status == s for r in self.rungs) for s in STYLE}
@@ -97,6 +124,13 @@ class VerifyReport:
             f"{self.subject}: {count['passed']} rungs passed, {count['failed']} failed, {count['skipped']} skipped"
             f" in {self.seconds:.0f} s"
         )
+
+
+def _cell(rung: RungResult | None) -> str:
+    if rung is None:
+        return ""
+    good = sum(c.status == "passed" for c in rung.cases)
+    return f"[{STYLE[rung.status]}]{'-' if rung.status == 'skipped' else f'{good}/{len(rung.cases)}'}[/]"
 
 
 def _plain(value: Any) -> Any:
@@ -154,9 +188,6 @@ def _block_share(case: CaseResult) -> float:
     """Largest part of the blocks' parameters that one rank holds; 0 where the model names no blocks."""
     ranks = case.figures.get("block_elements_per_rank", ())
     return float(max(ranks, default=0) / case.figures["block_elements"]) if ranks else 0.0
-
-
-ORDER = ("validated", "not tested", "limited", "unsupported")
 
 
 def _merge(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:

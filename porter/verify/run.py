@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from porter.evidence import remember
-from porter.verify.bench import Bench, Clock
-from porter.verify.cases import ModuleCase, load_cases
+from porter.evidence import Finding, remember
+from porter.verify.bench import Bench, Clock, JobError
+from porter.verify.cases import ModuleCase, corpus_root, load_cases
 from porter.verify.environment import versions
-from porter.verify.manifest import Denoiser, Manifest, Port, find, merge_features, read_manifest
-from porter.verify.outcome import RungResult, VerifyError, skipped
-from porter.verify.pipeline_spec import load_spec
-from porter.verify.report import VerifyReport, command_line, feature_states
+from porter.verify.manifest import Denoiser, Port, find, read_manifest, refresh_features
+from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, skipped
+from porter.verify.pipeline_spec import PipelineSpec, load_spec
+from porter.verify.report import FEATURE_OF_RUNG, VerifyReport, command_line, feature_states
 
 DENOISER_RUNGS = ("static", "weights", "module", "tp", "sp")
 PIPELINE_RUNGS = ("pipeline", "cfg", "step", "batch", "serve")
@@ -31,7 +36,6 @@ def verify(
     corpus: Path | str | None = None,
     threads: int = 1,
     report: Path | str | None = None,
-    update_manifest: bool = False,
     evidence: Path | str | None = None,
     progress: Progress | None = None,
     bench: Bench | None = None,
@@ -39,17 +43,18 @@ def verify(
     """Verify the port of a pipeline or denoiser class on the real engine beside Diffusers.
 
     `rungs` is a choice of RUNGS (default: all that fit). `checkpoint` replaces the tiny random checkpoint.
-    `corpus` is a folder like tests/corpus. `report` names a JSON file to write. A given `bench` stays open.
+    `corpus` is a folder like tests/corpus. `report` names a JSON file to write. `evidence` names the file
+    in which the results are recorded; the manifest then cites them. A given `bench` stays open.
     Raises VerifyError when nothing can run: unknown name, engine missing or of another version, broken manifest.
     """
-    chosen = _chosen(rungs)
+    chosen = chosen_rungs(rungs)
     manifest = read_manifest(generated_dir)
     port, denoisers = find(manifest, name)
     clock = Clock()
     say = progress or (lambda _text: None)
     results: list[RungResult] = []
     if "static" in chosen:
-        results += [_static(generated_dir, folder, say) for folder in _folders(port, denoisers)]
+        results += [static_rung(generated_dir, folder, say) for folder in _folders(port, denoisers)]
     heavy = [r for r in chosen if r != "static"]
     imports = 0.0
     if heavy:
@@ -64,9 +69,9 @@ def verify(
             say("importing the engine and Diffusers")
             bench.ready()
             for denoiser in denoisers:
-                results += _denoiser_rungs(bench, generated_dir, denoiser, heavy, corpus, say)
+                results += denoiser_rungs(bench, generated_dir, denoiser, heavy, corpus, say)
             if port is not None:
-                results += _pipeline_rungs(bench, generated_dir, port, heavy, corpus, checkpoint, say)
+                results += pipeline_rungs(bench, generated_dir, port, heavy, corpus, checkpoint, say)
             imports = bench.import_seconds
         finally:
             if own:
@@ -74,31 +79,43 @@ def verify(
     done = VerifyReport(name, command_line(), versions(), tuple(results), clock(), imports)
     if report is not None:
         done.write(report)
-    if update_manifest:
-        record(generated_dir, manifest, port, denoisers, done, evidence)
+    if evidence is not None:
+        record(evidence, generated_dir, done.rungs, corpus)
+        refresh_features(generated_dir, evidence)
     return done
 
 
 def record(
-    generated: Path | str,
-    manifest: Manifest,
-    port: Port | None,
-    denoisers: tuple[Denoiser, ...],
-    report: VerifyReport,
-    evidence: Path | str | None = None,
+    evidence: Path | str, generated: Path | str, rungs: Iterable[RungResult], corpus: Path | str | None = None
 ) -> None:
-    """Merge a report into the manifest's features: of the port, or of every port that uses the denoiser."""
-    states = feature_states(tuple(r for r in report.rungs if r.rung != "static"))
-    sources = {d.source for d in denoisers}
-    rows = [port] if port is not None else [p for p in manifest.ports if sources & {d.source for d in p.denoisers}]
-    found = {p.arch: states for p in rows}
-    merge_features(generated, found)
-    if evidence is not None:
-        remember(Path(evidence), Path(generated), found)
+    """Bind results to the code of the classes that they are about. Rung `static` says nothing about a feature."""
+    by_class: dict[str, list[RungResult]] = {}
+    for rung in rungs:
+        if rung.rung in FEATURE_OF_RUNG:
+            by_class.setdefault(rung.subject, []).append(rung)
+    findings = {
+        name: Finding(
+            feature_states(tuple(found)),
+            {FEATURE_OF_RUNG[r.rung]: r.seconds for r in found if r.status != "skipped"},
+            cases_digest(name, corpus),
+        )
+        for name, found in by_class.items()
+    }
+    remember(Path(evidence), Path(generated), findings)
 
 
-def _chosen(rungs: Iterable[str] | None) -> tuple[str, ...]:
-    wanted = tuple(RUNGS if rungs is None else rungs)
+def cases_digest(name: str, corpus: Path | str | None = None) -> str:
+    """Twelve digits of the file that holds the cases of a class; empty where there is none."""
+    root = Path(corpus) if corpus else corpus_root()
+    for path in (root / "configs" / f"{name}.yaml", root / "pipelines" / f"{name}.yaml"):
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return ""
+
+
+def chosen_rungs(rungs: Iterable[str] | None, default: tuple[str, ...] = RUNGS) -> tuple[str, ...]:
+    """The rungs of a choice, in the order of the ladder. Raises VerifyError for an unknown one."""
+    wanted = tuple(default if rungs is None else rungs)
     if unknown := [r for r in wanted if r not in RUNGS]:
         raise VerifyError(f"no rung called {', '.join(unknown)}", f"the rungs are: {', '.join(RUNGS)}")
     return tuple(r for r in RUNGS if r in wanted)
@@ -108,16 +125,23 @@ def _folders(port: Port | None, denoisers: tuple[Denoiser, ...]) -> list[str]:
     return sorted({d.folder for d in denoisers} | ({port.folder} if port else set()))
 
 
-def _static(generated: Path | str, folder: str, say: Progress) -> RungResult:
+def static_rung(generated: Path | str, folder: str, say: Progress) -> RungResult:
+    """Rung `static` on a folder."""
     from porter.verify.rungs.static import static
 
     say(f"static {folder}")
     return static(generated, folder)
 
 
-def _denoiser_rungs(
-    bench: Bench, generated: Path | str, denoiser: Denoiser, wanted: list[str], corpus: Path | str | None, say: Progress
+def denoiser_rungs(
+    bench: Bench,
+    generated: Path | str,
+    denoiser: Denoiser,
+    wanted: Iterable[str],
+    corpus: Path | str | None,
+    say: Progress,
 ) -> list[RungResult]:
+    """Those of the wanted rungs that are about a denoiser. What goes wrong in one is its result; the others run."""
     from porter.verify.rungs.module import module
     from porter.verify.rungs.tp import sp, tp
     from porter.verify.rungs.weights import weights
@@ -125,38 +149,75 @@ def _denoiser_rungs(
     table: dict[str, Callable[[Bench, Path | str, Denoiser, Iterable[ModuleCase]], RungResult]] = {
         "weights": weights, "module": module, "tp": tp, "sp": sp
     }  # fmt: skip
-    cases = load_cases(denoiser.source_class, Path(corpus) / "configs" if corpus else None)
+    name = denoiser.source_class
+    cases = load_cases(name, Path(corpus) / "configs" if corpus else None)
     results = []
-    for rung, run in table.items():
-        if rung in wanted:
-            say(f"{rung} {denoiser.source_class}")
-            reason = f"no tests/corpus/configs/{denoiser.source_class}.yaml"
-            results.append(
-                run(bench, generated, denoiser, cases) if cases else skipped(rung, denoiser.source_class, reason)
-            )
+    for rung in (r for r in table if r in wanted):
+        say(f"{rung} {name}")
+        if not cases:
+            results.append(skipped(rung, name, f"no tests/corpus/configs/{name}.yaml"))
+            continue
+        results.append(attempt(bench, rung, name, partial(table[rung], bench, generated, denoiser, cases)))
     return results
 
 
-def _pipeline_rungs(
+def pipeline_rungs(
     bench: Bench,
     generated: Path | str,
     port: Port,
-    wanted: list[str],
+    wanted: Iterable[str],
     corpus: Path | str | None,
     checkpoint: Path | str | None,
     say: Progress,
 ) -> list[RungResult]:
+    """Those of the wanted rungs that are about a pipeline.
+
+    A mode that the port was generated without is not run: the port says why. Without a checkpoint, and where no request
+    works, the other rungs are skipped.
+    """
     from porter.verify.rungs.modes import batch, cfg, step
     from porter.verify.rungs.pipeline import pipeline
     from porter.verify.rungs.serve import serve
 
-    spec = load_spec(port.source_class, Path(corpus) / "pipelines" if corpus else None)
+    name = port.source_class
+    spec = load_spec(name, Path(corpus) / "pipelines" if corpus else None)
     if spec is not None and checkpoint is not None:
         bench.__dict__.setdefault("checkpoints", {})[spec.pipeline] = str(Path(checkpoint).resolve())
-    table = {"pipeline": pipeline, "cfg": cfg, "step": step, "batch": batch, "serve": serve}
-    results = []
-    for rung, run in table.items():
-        if rung in wanted:
-            say(f"{rung} {port.source_class}")
-            results.append(run(bench, generated, port, spec))
+    table: dict[str, Callable[[Bench, Path | str, Port, PipelineSpec | None], RungResult]] = {
+        "pipeline": pipeline, "cfg": cfg, "step": step, "batch": batch, "serve": serve
+    }  # fmt: skip
+    without = generated_without(generated, port)
+    results: list[RungResult] = []
+    for rung in (r for r in table if r in wanted and FEATURE_OF_RUNG[r] not in without):
+        say(f"{rung} {name}")
+        if results and results[0].rung == "pipeline" and not any(c.status == "passed" for c in results[0].cases):
+            reason = results[0].reason or "no request works in rung pipeline"
+            results.append(skipped(rung, name, reason))
+            continue
+        results.append(attempt(bench, rung, name, partial(table[rung], bench, generated, port, spec)))
     return results
+
+
+def generated_without(generated: Path | str, port: Port) -> dict[str, str]:
+    """Features that the port was generated without, and why."""
+    path = Path(generated) / port.folder / "port.json"
+    if not path.is_file():
+        return {}
+    data: dict[str, Any] = json.loads(path.read_text())
+    declared = data.get("pipelines", {}).get(port.arch, {}).get("features", {})
+    return {name: feature["reason"] for name, feature in declared.items() if feature["status"] == "unsupported"}
+
+
+def attempt(bench: Bench, rung: str, subject: str, run: Callable[[], RungResult]) -> RungResult:
+    """The result of a rung, or the failure to carry it out."""
+    clock = Clock()
+    try:
+        bench.check_time()
+        return run()
+    except (JobError, VerifyError) as error:
+        where = {"traceback": error.trace} if isinstance(error, JobError) else None
+        case = CaseResult("set-up", "failed", str(error)[:600], seconds=clock(), where=where)
+    except Exception as error:  # noqa: BLE001 - one rung that breaks must not end a run over many ports
+        where = {"traceback": traceback.format_exc()}
+        case = CaseResult("set-up", "failed", f"{type(error).__name__}: {error}"[:600], seconds=clock(), where=where)
+    return rung_of(rung, subject, [case], clock())

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from porter.verify.manifest import find, merge_features, read_manifest
+from porter.verify.manifest import find, read_manifest, refresh_features
 from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, skipped
 from porter.verify.report import VerifyReport, feature_states
-from porter.verify.run import verify
+from porter.verify.run import record, verify
 from porter.verify.rungs.tp import block_shares
 
 GOOD = CaseResult("a", "passed", "", {"rel_l2": 2e-7, "elements": 8, "elements_per_rank": [5, 5]})
@@ -64,11 +64,15 @@ def test_a_port_is_as_good_as_its_worst_denoiser() -> None:
     assert states["tensor_parallel"]["status"] == "limited"
 
 
-def test_merging_keeps_what_was_not_run(tmp_path: Path) -> None:
+def test_the_manifest_cites_the_evidence_and_keeps_other_features(tmp_path: Path) -> None:
     manifest(tmp_path)
-    merge_features(tmp_path, {"FooPipeline": {"weights": {"status": "validated", "evidence": {"cases": 2}}}})
+    (tmp_path / "foo").mkdir()
+    (tmp_path / "foo/foo_transformer.py").write_text("x = 1\n")
+    record(tmp_path / "evidence.json", tmp_path, [rung_of("tp", "FooModel", [GOOD], 1.0)])
+    refresh_features(tmp_path, tmp_path / "evidence.json")
     features = read_manifest(tmp_path).ports[0].features
-    assert set(features) == {"lora", "weights"}
+    assert set(features) == {"lora", "tensor_parallel"}
+    assert features["tensor_parallel"]["status"] == "validated"
 
 
 def test_a_report_is_written_and_shows_failures(tmp_path: Path) -> None:
