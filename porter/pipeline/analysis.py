@@ -92,7 +92,7 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     state = call_state(found, statements)
     done: Done = {}
     elsewhere = _state_read_by_helpers(found, statements, known, frozenset(state.properties), done)
-    local = localise(statements, state, bound, elsewhere)
+    local = localise(statements, state, bound - refused.keys(), elsewhere)
     statements = settle(local.statements, known.with_local(refused), bound)
     roots, helpers = helper_methods(found, statements, known, frozenset({"__call__"}), done)
     statements = settle(roots, known.with_local(refused), bound)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ Node = TypeVar("Node", bound=cst.CSTNode)
 
 UNKNOWN = object()
 PRESENT = object()
-"""An object that is certainly there: not None, and true."""
+"""A component that is certainly there: not None, true, and no builtin container or scalar."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,16 @@ def _call(node: cst.Call, known: Knowledge) -> object:
 
 def _is_instance(value: object, wanted: cst.BaseExpression) -> object:
     """`isinstance(value, wanted)` for a literal and builtin classes; None is an instance of none of ours."""
-    builtin = {"int": int, "str": str, "bool": bool, "float": float, "list": list}
+    builtin = {"int": int, "str": str, "bool": bool, "float": float, "list": list, "tuple": tuple, "dict": dict}
     if value is None:
         return False
-    if value is UNKNOWN or value is PRESENT or not isinstance(wanted, cst.Name) or wanted.value not in builtin:
+    if value is UNKNOWN or not isinstance(wanted, (cst.Name, cst.Tuple)):
         return UNKNOWN
-    return isinstance(value, builtin[wanted.value])
+    names = [wanted] if isinstance(wanted, cst.Name) else [e.value for e in wanted.elements]
+    classes = [builtin.get(n.value) if isinstance(n, cst.Name) else None for n in names]
+    if None in classes:
+        return UNKNOWN
+    return value is not PRESENT and isinstance(value, tuple(c for c in classes if c is not None))
 
 
 class _Simplify(cst.CSTTransformer):

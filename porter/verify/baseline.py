@@ -153,11 +153,11 @@ def recorded(pipe, record, stop_after):
     processors = {}
     for name in ("image_processor", "video_processor"):
         processor = getattr(pipe, name, None)
-        for method in ("postprocess", "postprocess_video"):
+        for method, spy in (("postprocess", _spy), ("postprocess_video", _spy), ("apply_overlay", _spy_overlay)):
             original = getattr(processor, method, None)
             if original is not None:
                 processors[processor, method] = original
-                setattr(processor, method, _spy(original, record))
+                setattr(processor, method, spy(original, record))
     steps_of.step = step
     try:
         yield
@@ -177,6 +177,22 @@ def _spy(original, record):
         return original(tensor, *args, **kwargs)
 
     return postprocess
+
+
+def _spy_overlay(original, record):
+    """Pictures with the crop pasted in are what the call decoded, as values in [-1, 1]."""
+
+    @functools.wraps(original)
+    def apply_overlay(*args, **kwargs):
+        import numpy as np
+        import torch
+
+        picture = original(*args, **kwargs)
+        pixels = torch.from_numpy(np.array(picture)).float().movedim(-1, 0)[None] / 127.5 - 1
+        record["pasted"] = pixels if "pasted" not in record else torch.cat([record["pasted"], pixels])
+        return picture
+
+    return apply_overlay
 
 
 def first_output(result):
@@ -218,6 +234,7 @@ def one_call(pipe, call):
         error = {"type": type(problem).__name__, "message": str(problem)[:300], "trace": traceback.format_exc()[-1500:]}
     if output is not None and not hasattr(output, "detach"):
         output = None
+    record["decoded"] = record.pop("pasted", record["decoded"])
     return record | {"output": output, "error": error, "seconds": time.perf_counter() - start}
 
 

@@ -68,3 +68,10 @@ def test_a_value_read_by_the_next_round_of_a_loop_is_not_dead() -> None:
 
 def test_a_parameter_argument_becomes_its_constant() -> None:
     assert folded("f(a, b=c)\n", local={"a": None, "c": True}) == "f(None, b=True)\n"
+
+
+def test_a_component_is_no_list() -> None:
+    known = {"attributes": {"net": PRESENT}}
+    assert folded("if isinstance(self.net, (list, tuple)):\n    x = 1\n", **known) == ""
+    source = "if isinstance(self.net, Other):\n    x = 1\n"
+    assert folded(source, **known) == source

@@ -174,3 +174,35 @@ def test_constructor_arguments_are_the_ports_attributes(studio: Studio) -> None:
     code = printed(studio.port(source))
     assert "self.factor = self.vae.config.factor" in code
     assert "self.vae = self.vae" not in code and "self.vae = vae" not in code
+
+
+def test_state_made_from_a_parameter_nobody_can_set_is_that_parameter(studio: Studio) -> None:
+    stored = "        self._guidance_scale = guidance_scale\n"
+    more = "        self._attention_kwargs = attention_kwargs\n        if self._attention_kwargs is None:\n"
+    more += "            self._attention_kwargs = {}\n"
+    code = printed(studio.port(PIPELINE.replace(stored, stored + more)))
+    assert "call_attention_kwargs" not in code
+
+
+OVERLAY = """            image = self.image_processor.postprocess(image, output_type=output_type)
+            if crop is not None:
+                image = [self.image_processor.apply_overlay(mask, i, crop) for i in image]
+"""
+
+
+def overlaid(more: str = "") -> str:
+    post = "            image = self.image_processor.postprocess(image, output_type=output_type)\n"
+    source = PIPELINE.replace(post, OVERLAY + more)
+    return source.replace('flavour: str = "plain"', 'flavour: str = "plain", crop=None, mask=None')
+
+
+def test_a_paste_into_pictures_happens_before_post_processing(studio: Studio) -> None:
+    code = printed(studio.port(overlaid()))
+    paste = code.index("apply_overlay")
+    assert code.rindex('postprocess(image, output_type="pil")', 0, paste) < paste
+    assert "self.image_processor.normalize(" in code[paste:]
+
+
+def test_any_other_use_of_post_processed_output_is_diagnosed(studio: Studio) -> None:
+    with pytest.raises(PorterError, match="used again"):
+        studio.port(overlaid("            image = image[0]\n"))
