@@ -83,6 +83,52 @@ def job_module(job):
     return {"parameters": sum(p.numel() for p in model.parameters()), "config": json_config(model.config)}
 
 
+def job_bf16(job):
+    """A denoiser in float32 and in bfloat16, the latter as `from_pretrained` loads it, with the same weights and inputs.
+
+    `inputs` holds one set for each of `seeds`; writes [{weights, output, half, records, half_records}] to `out`.
+    """
+    import tempfile
+
+    import diffusers
+    import torch
+
+    cls = getattr(diffusers, job["class"])
+    with contextlib.redirect_stderr(open(os.devnull, "w")), tempfile.TemporaryDirectory() as folder:
+        full = cls(**job["config"]).eval()
+        full.save_pretrained(folder)
+        half = cls.from_pretrained(folder, torch_dtype=torch.bfloat16, local_files_only=True).eval()
+    runs = []
+    for seed, inputs in zip(job["seeds"], torch.load(job["inputs"], weights_only=True), strict=True):
+        randomize(full, seed)
+        with torch.no_grad():
+            for parameter in full.parameters():
+                parameter.copy_(parameter.bfloat16())
+        half.load_state_dict(full.state_dict())
+        run = {"weights": {n: v.clone() for n, v in full.state_dict().items()}, "records": [], "half_records": []}
+        for name, model, values in (("output", full, widened(inputs)), ("half", half, inputs)):
+            records = run["records" if model is full else "half_records"]
+            handles = probe(model, records) if job.get("probe") else []
+            with torch.no_grad():
+                run[name] = tensors_of(model(**values, return_dict=False))
+            for handle in handles:
+                handle.remove()
+        runs.append(run)
+    torch.save(runs, job["out"])
+    return {}
+
+
+def widened(value):
+    """bfloat16 tensors in nested containers as float32."""
+    import torch
+
+    if torch.is_tensor(value):
+        return value.float() if value.dtype == torch.bfloat16 else value
+    if isinstance(value, dict):
+        return {n: widened(v) for n, v in value.items()}
+    return type(value)(widened(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
 def json_config(config):
     return json.loads(json.dumps({k: v for k, v in dict(config).items() if not k.startswith("_")}, default=str))
 

@@ -22,6 +22,7 @@ def _session(job: Mapping[str, Any]) -> Iterator[engine_session.Session]:
         port=job["port"],
         config=job["config"],
         parallel=job.get("parallel"),
+        dtype=getattr(torch, job.get("dtype", "float32")),
     ) as s:
         yield s
 
@@ -75,6 +76,22 @@ def block_elements(model: torch.nn.Module) -> dict[str, int]:
             key = ".".join("*" if part.isdigit() else part for part in name.split("."))
             found[key] = found.get(key, 0) + parameter.numel()
     return found
+
+
+def job_bf16(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The denoiser in bfloat16 for each run of the reference; writes [{output, records}] to `out`."""
+    runs = []
+    references = torch.load(job["reference"], weights_only=True)
+    for reference, inputs in zip(references, torch.load(job["inputs"], weights_only=True), strict=True):
+        records: list[dict[str, Any]] = []
+        with _session({**job, "dtype": "bfloat16"}) as s:
+            model = s.build(_class(job), job["config"])
+            s.load(model, reference["weights"])
+            if job.get("probe"):
+                probes.attach(model, module_file(job["generated"], job["folder"], job["module"]).parent, records)
+            runs.append({"output": s.call(model, inputs), "records": records})
+    torch.save(runs, job["out"])
+    return {}
 
 
 def _apply_sequence_parallel(s: engine_session.Session, model: torch.nn.Module) -> None:
@@ -182,4 +199,4 @@ def _dropped_shards(
     return noticed
 
 
-JOBS = {"module": job_module, "weights": job_weights}
+JOBS = {"module": job_module, "bf16": job_bf16, "weights": job_weights}

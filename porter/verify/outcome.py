@@ -18,6 +18,9 @@ class Again(StrEnum):
     all = "all"
 
 
+ALL_RUNS = "all runs"
+"""Name of the result that sums up the runs of all cases."""
+
 BOUND = 1e-5
 """Largest relative L2 error of a float32 comparison. A correct port is bit-exact or near 1e-6."""
 

@@ -70,6 +70,36 @@ def _sizes(tensors: list[torch.Tensor]) -> list[int]:
     return sorted(t.numel() for t in tensors if t.is_floating_point())
 
 
+def first_excess(
+    port: list[dict[str, Any]], half: list[dict[str, Any]], full: list[dict[str, Any]], factor: float
+) -> dict[str, Any] | None:
+    """The first module whose output in the port is more than `factor` times as far from `full` as that in `half`.
+
+    All three are records of the same inputs; modules that not all of them have are left out.
+    """
+    queues: list[dict[str, list[dict[str, Any]]]] = []
+    for records in (port, half):
+        queue: dict[str, list[dict[str, Any]]] = {}
+        for record in records:
+            queue.setdefault(record["name"], []).append(record)
+        queues.append(queue)
+    for wanted in full:
+        pair = [queue[wanted["name"]].pop(0) for queue in queues if queue.get(wanted["name"])]
+        if len(pair) < 2 or _sizes(pair[0]["inputs"]) != _sizes(wanted["inputs"]):
+            continue
+        own, theirs = (_agree(record["outputs"], wanted["outputs"], 0.0)[1] for record in pair)
+        if own > factor * max(theirs, SMALLEST_HALF_ERROR):
+            where: dict[str, Any] = {"module": wanted["name"], "ratio": own / max(theirs, SMALLEST_HALF_ERROR)}
+            if pair[0]["at"]:
+                where["file"], where["line"] = pair[0]["at"]
+            return where
+    return None
+
+
+SMALLEST_HALF_ERROR = 1e-3
+"""Relative L2 error of rounding to bfloat16 once, about; a module that is better than that may lose as much."""
+
+
 def first_divergence(
     port: list[dict[str, Any]], reference: list[dict[str, Any]], bound: float
 ) -> dict[str, Any] | None:

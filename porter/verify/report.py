@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from porter.evidence import ORDER
 from porter.verify.manifest import write_atomically
-from porter.verify.outcome import BOUND, CaseResult, RungResult
+from porter.verify.outcome import ALL_RUNS, BOUND, CaseResult, RungResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 FEATURE_OF_RUNG = {
-    "module": "transformer", "weights": "weights", "tp": "tensor_parallel", "sp": "sequence_parallel",
+    "module": "transformer", "weights": "weights", "bf16": "bfloat16", "tp": "tensor_parallel", "sp": "sequence_parallel",
     "pipeline": "pipeline", "cfg": "cfg_parallel", "step": "step_execution", "batch": "request_batch",
     "serve": "serving",
 }  # fmt: skip
@@ -171,12 +171,24 @@ def _state(rung: RungResult) -> dict[str, Any]:
         evidence |= {k: largest.figures[k] for k in BLOCK_FIGURES if k in largest.figures}
         if _block_share(largest) <= ENOUGH:
             evidence.pop("replicated_in_blocks", None)
+    if rung.rung == "bf16":
+        evidence = _bfloat16(rung, len(good))
     if rung.status == "passed":
         return {"status": "validated", "evidence": evidence}
     failed = ", ".join(c.name for c in rung.failures()[:6])
     if good:
         return {"status": "limited", "reason": f"fails: {failed}", "evidence": evidence}
     return {"status": "unsupported", "reason": f"{failed}: {rung.failures()[0].message}"[:300]}
+
+
+def _bfloat16(rung: RungResult, good: int) -> dict[str, Any]:
+    """Errors relative to those of Diffusers: of all runs together, and of the worst case."""
+    ratios = {c.name: c.figures["error_ratio"] for c in rung.cases if "error_ratio" in c.figures}
+    runs = sum(c.figures.get("seeds", 0) for c in rung.cases)
+    return {
+        "rung": rung.rung, "cases": good, "runs": runs, "error_ratio": ratios.pop(ALL_RUNS, None),
+        "worst_case_ratio": max(ratios.values(), default=None),
+    }  # fmt: skip
 
 
 BLOCK_FIGURES = ("block_elements", "block_elements_per_rank", "replicated_in_blocks")

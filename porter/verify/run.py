@@ -19,7 +19,7 @@ from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, 
 from porter.verify.pipeline_spec import PipelineSpec, load_spec
 from porter.verify.report import FEATURE_OF_RUNG, VerifyReport, command_line, feature_states
 
-DENOISER_RUNGS = ("static", "weights", "module", "tp", "sp")
+DENOISER_RUNGS = ("static", "weights", "module", "bf16", "tp", "sp")
 PIPELINE_RUNGS = ("pipeline", "cfg", "step", "batch", "serve")
 RUNGS = DENOISER_RUNGS + PIPELINE_RUNGS
 PAIRED = frozenset({"tp", "sp", "cfg"})
@@ -142,12 +142,13 @@ def denoiser_rungs(
     say: Progress,
 ) -> list[RungResult]:
     """Those of the wanted rungs that are about a denoiser. What goes wrong in one is its result; the others run."""
+    from porter.verify.rungs.bf16 import bf16
     from porter.verify.rungs.module import module
     from porter.verify.rungs.tp import sp, tp
     from porter.verify.rungs.weights import weights
 
     table: dict[str, Callable[[Bench, Path | str, Denoiser, Iterable[ModuleCase]], RungResult]] = {
-        "weights": weights, "module": module, "tp": tp, "sp": sp
+        "weights": weights, "module": module, "bf16": bf16, "tp": tp, "sp": sp
     }  # fmt: skip
     name = denoiser.source_class
     cases = load_cases(name, Path(corpus) / "configs" if corpus else None)

@@ -161,6 +161,15 @@ def unsharded_rotary(node: ast.AST) -> ast.AST | None:
     return None
 
 
+def table_in_default_dtype(node: ast.AST) -> ast.AST | None:
+    """`.to(torch.float32)` becomes the dtype in which the engine builds models: right in float32 alone."""
+    if isinstance(node, ast.Call) and name_of(node.func).endswith(".to") and len(node.args) == 1:
+        if name_of(node.args[0]) == "torch.float32":
+            node.args = [ast.parse("torch.get_default_dtype()", mode="eval").body]
+            return node
+    return None
+
+
 # ------------------------------------------------------------------------------------------------ blocks
 def drop_residual(tree: ast.Module) -> int:
     """The first `x = x + ...` of the first block class loses its x."""
@@ -418,6 +427,7 @@ FAULTS = (
           once=True),
     Fault("a weight silently skipped", "weights", ("no-mask",), "transformer", skip_a_weight),
     Fault("an unknown name ignored", "weights", ("no-mask",), "transformer", ignore_unknown),
+    Fault("rotary table in the default dtype", "bf16", ("no-mask",), "transformer", rewrite(table_in_default_dtype)),
     Fault("bias added on every rank", "tp", ("no-mask",), "transformer", bias_on_every_rank),
     Fault("partial sums lost", "tp", ("no-mask",), "transformer", not_reduced),
     Fault("rotary table unsharded", "sp", ("no-mask",), "transformer", rewrite(unsharded_rotary)),

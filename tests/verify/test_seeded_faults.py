@@ -20,6 +20,7 @@ SMALLEST_NUMBER = 15
 
 def run_rung(bench: Any, generated: Path, rung: str, names: tuple[str, ...]) -> RungResult:
     """One rung on some cases of the subject."""
+    from porter.verify.rungs.bf16 import bf16
     from porter.verify.rungs.module import module
     from porter.verify.rungs.pipeline import pipeline
     from porter.verify.rungs.tp import sp, tp
@@ -31,7 +32,9 @@ def run_rung(bench: Any, generated: Path, rung: str, names: tuple[str, ...]) -> 
         return pipeline(bench, generated, port, load_spec(SUBJECT), names)
     denoiser = denoisers[0]
     cases = [c for c in load_cases(denoiser.source_class) if c.name in names]
-    return {"module": module, "weights": weights, "tp": tp, "sp": sp}[rung](bench, generated, denoiser, cases)
+    return {"module": module, "bf16": bf16, "weights": weights, "tp": tp, "sp": sp}[rung](
+        bench, generated, denoiser, cases
+    )
 
 
 def folder_of(generated: Path) -> str:
@@ -63,7 +66,7 @@ def test_a_wrong_port_is_caught_and_the_right_one_passes(
         pytest.skip("the port serves such requests one by one")
     result = run_rung(bench, wrong, fault.rung, fault.cases)
     shutil.rmtree(wrong)
-    caught = [c for c in result.failures() if clean[c.name].status == "passed"] if clean else []
+    caught = [c for c in result.failures() if c.name in clean and clean[c.name].status == "passed"] if clean else []
     print(f"{fault.name}: {places} places, {[c.message[:160] for c in caught]}")
     right_ones = [c.status == "passed" for c in clean.values()]
     generated = port_folder.name == "generated"  # the stand-in has mistakes of its own

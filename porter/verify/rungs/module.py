@@ -63,7 +63,7 @@ def module_case(bench: Bench, generated: Path | str, denoiser: Denoiser, case: M
     try:
         answer = bench.engine(engine_job(generated, denoiser, case) | files | {"out": out})
     except JobError as error:
-        where = _raised_at(error.trace, Path(generated) / denoiser.folder)
+        where = raised_at(error.trace, Path(generated) / denoiser.folder)
         return CaseResult(case.name, "failed", f"the port raises {error}"[:600], seconds=clock(), where=where)
     if answer["missing"]:
         return CaseResult(
@@ -129,7 +129,7 @@ def source_of(folder: Path, file: str, line: int) -> dict[str, Any]:
     return {}
 
 
-def _raised_at(trace: str, folder: Path) -> dict[str, Any] | None:
+def raised_at(trace: str, folder: Path) -> dict[str, Any] | None:
     """Innermost line of the generated folder in a traceback."""
     marker = f'File "{folder.resolve()}/'
     found = [line for line in trace.splitlines() if marker in line]
