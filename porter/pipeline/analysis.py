@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import libcst as cst
@@ -15,14 +15,17 @@ from porter.facts.pipeline import (
     Guidance,
     Members,
     Regions,
+    Stages,
     Tail,
     call_state,
     components,
     guidance,
     members,
     regions,
+    stages,
     tail,
 )  # fmt: skip
+from porter.facts.pipeline.liveness import uses
 from porter.facts.pipeline.members import self_reads
 from porter.model import Diagnostic, PorterError, SiteStatus, Span, Unknown
 from porter.pipeline.cleanup import bind_to_port, clean
@@ -31,7 +34,7 @@ from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
 from porter.pipeline.localise import is_self_assignment, localise
 from porter.pipeline.model import Parameter
 from porter.pipeline.parameters import request_parameters
-from porter.pipeline.prune import settle
+from porter.pipeline.prune import drop_dead, settle
 from porter.pipeline.tables import Tables
 from porter.source.library import Library
 from porter.source.marks import mark_of
@@ -49,7 +52,7 @@ class Analysis:
     components: tuple[Component, ...]
     arguments: tuple[cst.Param, ...]
     parameters: tuple[Parameter, ...]
-    regions: Regions
+    cut: Regions | Stages
     guidance: Guidance | Unknown
     tail: Tail
     constructor: tuple[cst.BaseStatement, ...]
@@ -58,6 +61,12 @@ class Analysis:
     call_span: Span | None
     statuses: tuple[SiteStatus, ...]
     diagnostics: tuple[Diagnostic, ...]
+
+    @property
+    def regions(self) -> Regions:
+        """The five regions, of a call that could be cut so."""
+        assert isinstance(self.cut, Regions)
+        return self.cut
 
     @property
     def denoisers(self) -> tuple[Component, ...]:
@@ -96,18 +105,45 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     statements = settle(local.statements, known.with_local(refused), bound)
     roots, helpers = helper_methods(found, statements, known, frozenset({"__call__"}), done)
     statements = settle(roots, known.with_local(refused), bound)  # type: ignore[arg-type]
-    cut = regions(statements, names)
-    if isinstance(cut, Unknown):
-        raise PorterError(Diagnostic(NO_LOOP, f"{name}: {cut.reason}", span))
+    found_regions = regions(statements, names)
+    if isinstance(found_regions, Unknown):
+        cut: Regions | Stages = _stages(name, statements, names, helpers, found_regions.reason, span)
+    else:
+        cut = found_regions
     end = tail(cut.decode)
     if isinstance(end, Unknown):
         raise PorterError(Diagnostic(NO_TAIL, f"{name}: {end.reason}", span))
+    end = replace(end, statements=tuple(drop_dead(end.statements, uses(end.result))))
     forward = _forward_parameters(library, parts)
+    guide = guidance(cut, names, forward) if isinstance(cut, Regions) else Unknown(cut.reason)
     return Analysis(
-        found, parts, tuple(arguments), mapping, cut, guidance(cut, names, forward), end,
+        found, parts, tuple(arguments), mapping, cut, guide, end,
         tuple(_constructor(found, known, [c.name for c in parts])), tuple(helpers), local.kept, span, cleaned.statuses,
         cleaned.diagnostics,
     )  # fmt: skip
+
+
+def in_stages(analysis: Analysis, reason: str) -> Analysis:
+    """The analysis of the same call in three stages, for a loop whose regions can't be made into methods."""
+    cut = analysis.regions
+    whole = [*cut.encode, cut.loop.node, *analysis.tail.statements]
+    names = [c.name for c in analysis.denoisers]
+    found = _stages(analysis.members.cls.name, whole, names, analysis.helpers, reason, analysis.call_span)
+    return replace(analysis, cut=found, guidance=Unknown(reason))
+
+
+def _stages(
+    name: str,
+    statements: Sequence[cst.BaseStatement],
+    denoisers: Sequence[str],
+    helpers: Sequence[Helper],
+    reason: str,
+    span: Span | None,
+) -> Stages:
+    found = stages(statements, denoisers, {h.name: h.node for h in helpers}, reason)
+    if isinstance(found, Unknown):
+        raise PorterError(Diagnostic(NO_LOOP, f"{name}: {reason}; {found.reason}", span))
+    return found
 
 
 def _literal(default: str | None) -> object:

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import libcst as cst
 
 from porter.engine import RuleSet
-from porter.facts.pipeline import Component
+from porter.facts.pipeline import Component, Regions, Stages
 from porter.facts.pipeline.liveness import live_before, writes
 from porter.model import Definition, Diagnostic, PorterError, Unit, Unknown
-from porter.pipeline.analysis import Analysis, analyse
+from porter.pipeline.analysis import Analysis, analyse, in_stages
 from porter.pipeline.batching import batching
 from porter.pipeline.cleanup import clean
 from porter.pipeline.helpers import module_definitions
@@ -19,7 +19,7 @@ from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
 from porter.pipeline.optional_imports import import_where_used, optional_packages
 from porter.pipeline.parameters import is_tensor, is_text
 from porter.pipeline.pieces import Pieces, pieces
-from porter.pipeline.process import post_process
+from porter.pipeline.process import Finish, finish
 from porter.pipeline.reads import (
     class_statements,
     code_nodes,
@@ -30,6 +30,7 @@ from porter.pipeline.reads import (
 )  # fmt: skip
 from porter.pipeline.render import render
 from porter.pipeline.tables import Tables, load_tables
+from porter.pipeline.whole import whole_pieces
 from porter.source.library import Library
 from porter.source.marks import strip
 from porter.source.names import absolute
@@ -57,10 +58,7 @@ def port_pipeline(
     `denoisers` are the ported classes by component name; a component that is missing there gets a name by convention.
     """
     tables = tables or load_tables()
-    analysis = analyse(library, qualified_name, tables, ruleset)
-    cut = pieces(analysis)
-    if isinstance(cut, Unknown):
-        raise PorterError(Diagnostic(NOT_CUT, f"{qualified_name}: {cut.reason}", analysis.call_span))
+    analysis, cut = _cut(analyse(library, qualified_name, tables, ruleset))
     cls = analysis.members.cls
     stem = snake(cls.name.removesuffix("Pipeline"))
     known = dict(denoisers) if isinstance(denoisers, Mapping) else {d.component: d for d in denoisers}
@@ -83,9 +81,9 @@ def port_pipeline(
                 NOT_REACHED, f"{qualified_name}: {', '.join(sorted(unbound))} is read but never set", analysis.call_span
             )
         )
-    finish = post_process(library, analysis, f"get_{stem}_post_process_func")
+    finished = finish(library, analysis, f"get_{stem}_post_process_func")
     batch = batching(analysis)
-    nodes = _definitions(library, analysis, cut, ported, finish, batch is None, tables, ruleset)
+    nodes = _definitions(library, analysis, cut, ported, finished, batch is None, tables, ruleset)
     features = {
         "cfg_parallel": _cfg_feature(analysis),
         "step_execution": Feature("generated") if cut.stepwise is None else Feature("unsupported", cut.stepwise.reason),
@@ -94,11 +92,22 @@ def port_pipeline(
     return PipelinePort(
         source=f"diffusers.{cls.name}", arch=cls.name, module=f"pipeline_{stem}", cls=cls.name,
         unit=Unit(tuple(nodes), cls.name), parameters=analysis.parameters, features=features, pre_process=None,
-        post_process=f"get_{stem}_post_process_func" if finish is not None else None, denoisers=tuple(ported),
+        post_process=f"get_{stem}_post_process_func" if finished.function is not None else None, denoisers=tuple(ported),
         denoiser_reads=denoiser_reads(analysis),
         diagnostics=analysis.diagnostics, statuses=analysis.statuses,
         siblings={f"{SIBLING}.{d.module}.{d.cls}": d.cls for d in ported},
     )  # fmt: skip
+
+
+def _cut(analysis: Analysis) -> tuple[Analysis, Pieces]:
+    """The pieces: methods for each region where the loop has them, else one method for the whole denoising."""
+    if isinstance(analysis.cut, Stages):
+        return analysis, whole_pieces(analysis)
+    cut = pieces(analysis)
+    if isinstance(cut, Unknown):
+        analysis = in_stages(analysis, cut.reason)
+        return analysis, whole_pieces(analysis)
+    return analysis, cut
 
 
 def _cfg_feature(analysis: Analysis) -> Feature:
@@ -120,22 +129,22 @@ def _definitions(
     analysis: Analysis,
     cut: Pieces,
     ported: Sequence[Denoiser],
-    finish: Sequence[cst.BaseStatement] | None,
+    finished: Finish,
     batches: bool,
     tables: Tables,
     ruleset: RuleSet | None,
 ) -> list[Definition]:
     cls = analysis.members.cls
     home = lambda name, node: Definition(name, node, cls.module, cls.file)  # noqa: E731
-    shell = _class(analysis, cut, ported, batches, tables)
+    shell = _class(analysis, cut, ported, finished, batches, tables)
     carried = module_definitions(library, analysis.members, [*code_nodes(analysis), *kept_constructor(analysis)])
     packages = optional_packages(library, analysis.members)
     out = [import_where_used(d, packages) for d in clean(carried, ruleset).definitions]
     vae = _vae_table(analysis, tables)
     for each in render("pipeline/load_component.py.jinja", {}, vae_classes=bool(vae), vae_table=_vae_text(vae)):
         out.append(home(each.name.value, each))  # type: ignore[attr-defined]
-    if finish is not None:
-        out += [home(f.name.value, f) for f in finish]  # type: ignore[attr-defined]
+    if finished.function is not None:
+        out += [home(f.name.value, f) for f in finished.function]  # type: ignore[attr-defined]
     out.append(import_where_used(home(cls.name, shell), packages))
     return out
 
@@ -156,7 +165,12 @@ def _vae_text(table: Mapping[str, str]) -> str:
 
 
 def _class(
-    analysis: Analysis, cut: Pieces, ported: Sequence[Denoiser], batches: bool, tables: Tables
+    analysis: Analysis,
+    cut: Pieces,
+    ported: Sequence[Denoiser],
+    finished: Finish,
+    batches: bool,
+    tables: Tables,
 ) -> cst.BaseStatement:
     cls = analysis.members.cls
     used = used_components(analysis)
@@ -169,10 +183,10 @@ def _class(
         "class_statements": class_statements(analysis),
         "constructor": kept_constructor(analysis), "helpers": [h.node for h in analysis.helpers],
         "encode": cut.encode, "predict": cut.predict, "overrides": cut.overrides, "step": cut.step, "decode": cut.decode,
-        "step_scheduler": cut.step_scheduler,
+        "step_scheduler": cut.step_scheduler, "denoise": cut.denoise,
     }  # fmt: skip
     names = [p.name for p in taken]
-    loop = analysis.regions.loop
+    loop = analysis.cut.loop if isinstance(analysis.cut, Regions) else None
     (node,) = render(
         "pipeline/pipeline.py.jinja", slots, cls=cls.name, doc=_docstring(analysis), batches=batches,
         steps=cut.stepwise is None, default_steps=steps,
@@ -199,11 +213,17 @@ def _class(
         decode_signature=cut.decode_signature, noise=cut.noise, returned=cut.returned,
         prediction=", ".join([cut.noise, *cut.extras]),
         prediction_type=" -> " + absolute("torch.Tensor") if not cut.extras else "",
-        diffuse_returns=" -> " + absolute("torch.Tensor"),
-        loop_target=_target(loop.index, loop.timestep, cut), result=code(analysis.tail.result),
-        step_value={n: _step_value(n, loop.index, loop.timestep) for n in cut.predict_inputs},
+        diffuse_returns=_returns(len(cut.returned)), decode_returns=_returns(len(analysis.tail.values)),
+        loop_target=_target(loop.index, loop.timestep, cut) if loop is not None else "",
+        result=code(analysis.tail.result), whole=loop is None, video=finished.video, sound=finished.sound,
+        step_value={n: _step_value(n, loop.index, loop.timestep) for n in cut.predict_inputs} if loop is not None else {},
     )  # fmt: skip
     return node
+
+
+def _returns(count: int) -> str:
+    tensor = absolute("torch.Tensor")
+    return {0: " -> None", 1: f" -> {tensor}"}.get(count, f" -> tuple[{', '.join([tensor] * count)}]")
 
 
 def _denoiser(denoiser: Denoiser, analysis: Analysis) -> dict[str, object]:

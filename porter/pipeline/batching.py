@@ -28,10 +28,8 @@ def _masked(analysis: Analysis) -> bool:
     guide = analysis.guidance
     names = list(guide.positive.arguments) if isinstance(guide, Guidance) else []
     if not names:
-        cut = analysis.regions
-        names = [
-            a.keyword.value for s in (*cut.predict, *cut.guide) for c in find(s, cst.Call) for a in c.args if a.keyword
-        ]
+        calls = [c for s in analysis.cut.denoise for c in find(s, cst.Call)]
+        names = [a.keyword.value for c in calls for a in c.args if a.keyword]
     return any("mask" in n for n in names)
 
 

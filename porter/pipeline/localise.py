@@ -9,7 +9,7 @@ from typing import cast
 import libcst as cst
 
 from porter.facts.pipeline.call_state import CallState
-from porter.facts.pipeline.liveness import writes
+from porter.facts.pipeline.liveness import uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.source.marks import inherit
 from porter.source.tree import find, normal, self_attribute
@@ -41,7 +41,7 @@ def localise(
         taken = name in local or name in parameters
         if attribute in kept:
             continue
-        names[attribute] = f"call_{name}" if taken and not _only_set_from(statements, attribute, name) else name
+        names[attribute] = f"call_{name}" if taken and not _mirrors(statements, attribute, name) else name
     plain = {p: v for p, v in state.properties.items() if self_attribute(v) in names}
     computed = {
         p: v
@@ -85,17 +85,21 @@ def _set_from(statements: Sequence[cst.BaseStatement], attribute: str, name: str
     )
 
 
-def _only_set_from(statements: Sequence[cst.BaseStatement], attribute: str, name: str) -> bool:
-    """The attribute mirrors a local of the same name that is written only before it is stored."""
-    stored = False
+def _mirrors(statements: Sequence[cst.BaseStatement], attribute: str, name: str) -> bool:
+    """Whether one local can be both: the attribute is set from `name`, and from then on only one of them is used."""
+    stored = changed = False
     for statement in statements:
-        if name in writes([statement]) and stored:
+        if stored and (name in writes([statement]) or (changed and name in uses(statement))):
             return False
-        if attribute in _assigned(statement):
-            stored = True
-            if not _set_from([statement], attribute, name):
-                return False
-    return True
+        if attribute not in _assigned(statement):
+            continue
+        if not stored and not _set_from([statement], attribute, name):
+            return False
+        if stored and name in uses(statement):
+            return False
+        changed = stored
+        stored = True
+    return stored
 
 
 def is_self_assignment(statement: cst.BaseStatement) -> bool:

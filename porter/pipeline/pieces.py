@@ -16,7 +16,7 @@ from porter.pipeline.analysis import Analysis, step_call
 from porter.pipeline.predicting import branch_reads, call_reads, predict_code, returns
 from porter.pipeline.stepping import plain_step, step_code
 from porter.source.marks import inherit
-from porter.source.tree import find, statement
+from porter.source.tree import code, find, statement
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,18 @@ class Pieces:
     noise: str
     extras: tuple[str, ...]
     carried: tuple[str, ...]
-    returned: str
+    returned: tuple[str, ...]
     loop_inputs: tuple[str, ...]
     predict_inputs: tuple[str, ...]
     decode_inputs: tuple[str, ...]
     step_inputs: tuple[str, ...]
     splits: bool
     stepwise: Unknown | None
+    denoise: tuple[cst.BaseStatement, ...] = ()
 
     @property
     def decode_signature(self) -> tuple[str, ...]:
-        return (self.returned, *self.decode_inputs)
+        return (*self.returned, *self.decode_inputs)
 
 
 def pieces(analysis: Analysis) -> Pieces | Unknown:
@@ -58,14 +59,14 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     whole = [*cut.predict, *cut.guide, *cut.step]
     written = writes(whole)
     top = _from_before(analysis, whole, after_loop) - loop_names
-    carried = _ordered(written & (top | (after_loop & written)), cut.step)
-    after_loop &= written | _bound_before(analysis)
+    carried = ordered(written & (top | (after_loop & written)), cut.step)
+    after_loop &= written | bound_before(analysis)
     before_step = live_before(step, after_loop | top)
     handed = (before_step & writes(head)) - loop_names
     noise = step_noise(analysis)
     if noise is None:
         return Unknown("the scheduler steps with an expression")
-    extras = [n for n in _ordered(handed, step) if n != noise]
+    extras = [n for n in ordered(handed, step) if n != noise]
     returned = [n for n in carried if n in after_loop]
     if len(returned) != 1:
         return Unknown(f"the loop hands {', '.join(returned) or 'nothing'} to the end of the call")
@@ -73,12 +74,13 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
         live_before(call_reads(guide), []) if isinstance(guide, Guidance) else set()
     )
     read = {n for each in whole for n in uses(each)}
-    inputs = [n for n in _ordered(top | loop_names, whole) if n in predict_live]
+    inputs = [n for n in ordered(top | loop_names, whole) if n in predict_live]
     reads = {n for each in step for n in uses(each)}
-    step_inputs = [n for n in _ordered(before_step & reads, step) if n not in (noise, *extras)]
-    loop_inputs = [*carried, "timesteps", *[n for n in _ordered(top & read, whole) if n not in (*carried, "timesteps")]]
-    decode_inputs = [n for n in _ordered(after_loop, decode) if n != returned[0]]
-    encode = _initialise(analysis, [*loop_inputs, *decode_inputs])
+    step_inputs = [n for n in ordered(before_step & reads, step) if n not in (noise, *extras)]
+    loop_inputs = [*carried, "timesteps", *[n for n in ordered(top & read, whole) if n not in (*carried, "timesteps")]]
+    decode_inputs = [n for n in ordered(after_loop, decode) if n != returned[0]]
+    loop_timesteps = [statement("timesteps = value", value=loop.iterable)] if code(loop.iterable) != "timesteps" else []
+    encode = initialise([*cut.encode, *loop_timesteps], analysis, [*loop_inputs, *decode_inputs])
     predict, overrides = predict_code(analysis, noise, extras)
     simple = plain_step(step, step_call(cut), noise, loop.timestep, returned[0])
     steps, scheduler_code, more = step_code(
@@ -93,8 +95,8 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     stepwise = _stepwise(analysis, carried, extras)
     return Pieces(
         tuple(encode), tuple(predict), (*overrides, *more), tuple(steps), tuple(scheduler_code), tuple(decode), noise,
-        tuple(extras), tuple(carried), returned[0], tuple(loop_inputs), tuple(inputs), tuple(decode_inputs), tuple(step_inputs),
-        isinstance(guide, Guidance), stepwise,
+        tuple(extras), tuple(carried), tuple(returned), tuple(loop_inputs), tuple(inputs), tuple(decode_inputs),
+        tuple(step_inputs), isinstance(guide, Guidance), stepwise,
     )  # fmt: skip
 
 
@@ -106,13 +108,13 @@ def _stepped(carried: Sequence[str], step: Sequence[cst.BaseStatement], latents:
 def _from_before(analysis: Analysis, loop: Sequence[cst.BaseStatement], after: frozenset[str]) -> set[str]:
     """Names that one round of the loop takes from the round before it, or the first one from the encode region."""
     found = set(live_before(loop, after | live_before(loop)))
-    unbound = found - _bound_before(analysis)
+    unbound = found - bound_before(analysis)
     return found - unbound | carried_unbound(loop, after, unbound) if unbound else found
 
 
-def _bound_before(analysis: Analysis) -> frozenset[str]:
+def bound_before(analysis: Analysis) -> frozenset[str]:
     """Names that something ahead of the loop may bind."""
-    return writes(analysis.regions.encode) | {p.name.value for p in analysis.arguments}
+    return writes(analysis.cut.encode) | {p.name.value for p in analysis.arguments}
 
 
 def _stepwise(analysis: Analysis, carried: Sequence[str], extras: Sequence[str]) -> Unknown | None:
@@ -135,7 +137,7 @@ def _stepwise(analysis: Analysis, carried: Sequence[str], extras: Sequence[str])
     return None
 
 
-def _ordered(names: Iterable[str], where: Sequence[cst.BaseStatement]) -> list[str]:
+def ordered(names: Iterable[str], where: Sequence[cst.BaseStatement]) -> list[str]:
     """Names in the order in which the statements mention them."""
     wanted = set(names)
     seen: dict[str, None] = {}
@@ -161,12 +163,11 @@ def step_noise(analysis: Analysis) -> str | None:
     return value.value if isinstance(value, cst.Name) else None
 
 
-def _initialise(analysis: Analysis, wanted: Sequence[str]) -> list[cst.BaseStatement]:
+def initialise(
+    statements: Sequence[cst.BaseStatement], analysis: Analysis, wanted: Sequence[str]
+) -> list[cst.BaseStatement]:
     """The encode region, with `x = None` ahead of variables that only some paths bind."""
-    out = list(analysis.regions.encode)
-    loop = analysis.regions.loop
-    if not (isinstance(loop.iterable, cst.Name) and loop.iterable.value == "timesteps"):
-        out.append(statement("timesteps = value", value=loop.iterable))
+    out = list(statements)
     bound = {p.name.value for p in analysis.arguments} | always_writes(out)
     for name in [n for n in wanted if n not in bound and n in writes(out)]:
         place = next(i for i, s in enumerate(out) if name in writes([s]))

@@ -42,7 +42,7 @@ def predict_code(
     guide = analysis.guidance
     if not isinstance(guide, Guidance):
         out = [*analysis.regions.predict, *analysis.regions.guide, _with_extras(cst.Name(noise), extras)]
-        return [_without_refused(s) for s in out], []
+        return [without_refused(s) for s in out], []
     mark = mark_of(analysis.regions.predict[-1])
     alias = guide.positive.callee if isinstance(guide.positive.callee, cst.Name) else None
     out = list(guide.before)
@@ -147,7 +147,8 @@ class _Refused(cst.CSTTransformer):
         return updated.with_changes(args=kept) if len(kept) != len(updated.args) else updated
 
 
-def _without_refused(node: cst.BaseStatement) -> cst.BaseStatement:
+def without_refused(node: cst.BaseStatement) -> cst.BaseStatement:
+    """The statement with calls that pass no argument a port's denoiser does not take."""
     return node.visit(_Refused())  # type: ignore[return-value]
 
 

@@ -1,9 +1,13 @@
-"""The post-process function that runs in the engine process."""
+"""How the engine gets the result: its own video media, or a post-process function that runs in the engine process."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import libcst as cst
 
+from porter.facts.pipeline import PostProcess, Value
+from porter.facts.pipeline.sample_rate import sample_rate
 from porter.model import Diagnostic, PorterError, Unknown
 from porter.pipeline.analysis import Analysis
 from porter.pipeline.render import render
@@ -14,22 +18,75 @@ from porter.source.tree import body, code, find, self_attribute
 NO_PROCESSOR = "PORT504"
 
 
-def post_process(library: Library, analysis: Analysis, name: str) -> list[cst.BaseStatement] | None:
-    """The factory of the post-process function; None if Diffusers does not post-process.
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """How the engine gets what the pipeline returns.
 
-    The processor is built with those of its options that post-processing reads: the others (sizes for
-    pre-processing) would need a loaded VAE.
+    `function` is the factory of the post-process function; None if the engine needs none. `video`: the decoded tensor
+    travels as the engine's own video media, which it post-processes itself. `sound`: the result is, or comes with, audio.
     """
-    finish = analysis.tail.post_process
-    if finish is None:
-        return None
-    built = _constructor_call(analysis, finish.processor)
+
+    function: tuple[cst.BaseStatement, ...] | None
+    video: bool = False
+    sound: bool = False
+
+
+def finish(library: Library, analysis: Analysis, name: str) -> Finish:
+    """What becomes of the pipeline's values after `decode`.
+
+    A processor is built with those of its options that post-processing reads: the others (sizes for pre-processing)
+    would need a loaded VAE.
+    """
+    values = analysis.tail.values
+    kinds = [_kind(v) for v in values]
+    posts = [v.post_process for v in values]
+    sound = "audio" in kinds
+    if kinds == ["video"] and posts[0] is not None and _plain_video(library, analysis, posts[0]):
+        return Finish(None, video=True)
+    if not sound and posts == [None]:
+        return Finish(None)
+    visual = next((p for p in posts if p is not None and p.processor is not None), None)
+    rate = sample_rate(library, analysis.components) if sound else None
+    output_type = next((p.default for p in analysis.parameters if p.name == "output_type"), '"pil"')
+    function = render(
+        "pipeline/post_process.py.jinja", {}, name=name, cls=analysis.members.cls.name, kinds=kinds,
+        processor=_processor(library, analysis, visual) if visual is not None else None,
+        default_output_type=output_type, method=visual.method if visual is not None else None,
+        options="".join(f", {n}={code(v)}" for n, v in visual.options) if visual is not None else "",
+        numpy=any(p is not None and p.processor is None for p in posts),
+        rate=None if rate is None or isinstance(rate, Unknown) else rate,
+        latent="output_type" in {a.name.value for a in analysis.arguments},
+    )  # fmt: skip
+    return Finish(tuple(function), sound=sound)
+
+
+def _kind(value: Value) -> str:
+    if "audio" in value.field:
+        return "audio"
+    method = value.post_process.method if value.post_process is not None else ""
+    return "video" if "video" in method or value.field in ("frames", "video", "videos") else "image"
+
+
+def _plain_video(library: Library, analysis: Analysis, post: PostProcess) -> bool:
+    """Whether the engine's own video post-processing is what Diffusers does."""
+    built = _constructor_call(analysis, post.processor or "")
+    if post.method != "postprocess_video" or post.options or built is None:
+        return False
+    cls = referenced(built.func)
+    read = _options_read(library, cls, post.method) if cls is not None else frozenset()
+    return (cls or "").endswith(".VideoProcessor") and not any(
+        a.keyword is not None and a.keyword.value in read for a in built.args
+    )
+
+
+def _processor(library: Library, analysis: Analysis, post: PostProcess) -> str:
+    built = _constructor_call(analysis, post.processor or "")
     cls = referenced(built.func) if built is not None else None
     if built is None or cls is None:
         raise PorterError(
-            Diagnostic(NO_PROCESSOR, f"self.{finish.processor} is not built in __init__", analysis.call_span)
+            Diagnostic(NO_PROCESSOR, f"self.{post.processor} is not built in __init__", analysis.call_span)
         )
-    wanted = _options_read(library, cls, finish.method)
+    wanted = _options_read(library, cls, post.method)
     kept = [a for a in built.args if a.keyword is not None and a.keyword.value in wanted]
     for arg in kept:
         if any(self_attribute(n) for n in find(arg.value, cst.Attribute)):
@@ -40,14 +97,7 @@ def post_process(library: Library, analysis: Analysis, name: str) -> list[cst.Ba
                     analysis.call_span,
                 )
             )
-    processor = code(built.with_changes(args=_tidy(kept)))
-    output_type = next((p.default for p in analysis.parameters if p.name == "output_type"), '"pil"')
-    value = "video" if "video" in finish.method else "image"
-    options = "".join(f", {n}={code(v)}" for n, v in finish.options)
-    return render(
-        "pipeline/post_process.py.jinja", {}, name=name, cls=analysis.members.cls.name, processor=processor, value=value,
-        default_output_type=output_type, method=finish.method, options=options,
-    )  # fmt: skip
+    return code(built.with_changes(args=_tidy(kept)))
 
 
 def _tidy(args: list[cst.Arg]) -> list[cst.Arg]:

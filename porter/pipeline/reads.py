@@ -11,12 +11,9 @@ from porter.source.tree import find, self_attribute
 
 
 def code_nodes(analysis: Analysis) -> list[cst.CSTNode]:
-    cut = analysis.regions
     return [
-        *cut.encode,
-        *cut.predict,
-        *cut.guide,
-        *cut.step,
+        *analysis.cut.encode,
+        *analysis.cut.denoise,
         *analysis.tail.statements,
         *(h.node for h in analysis.helpers),
     ]
@@ -69,7 +66,7 @@ def unresolved(analysis: Analysis, cut: Pieces) -> list[str]:
     known = PROVIDED | {c.name for c in analysis.components} | {h.name for h in analysis.helpers} | analysis.kept_state
     for each in constructor:
         known |= {a for n in find(each, cst.Assign) for t in n.targets if (a := self_attribute(t.target))}
-    nodes = [*code_nodes(analysis), *constructor, *cut.encode, *cut.predict, *cut.step, *cut.decode]
+    nodes = [*code_nodes(analysis), *constructor, *cut.encode, *cut.predict, *cut.step, *cut.denoise, *cut.decode]
     names = {n for node in nodes for n in self_reads(node)} - known
     return sorted(n for n in names if analysis.members.class_statement(n) is None)
 

@@ -99,18 +99,27 @@ def test_batched_guidance_is_kept_as_it_is_and_said_so(studio: Studio) -> None:
     assert "noise.chunk(2)" in printed(port)
 
 
-def test_a_pipeline_without_a_loop_is_diagnosed_not_guessed(studio: Studio) -> None:
+def test_a_call_that_cannot_be_cut_runs_as_one_and_says_why(studio: Studio) -> None:
     source = PIPELINE.replace("for i, t in enumerate(timesteps):", "if timesteps:\n                i, t = 0, 1")
+    port = studio.port(source)
+    code = printed(port)
+    assert "predict_guided_noise" not in code and "def prepare_encode" not in code
+    assert "if timesteps:" in code[code.index("def diffuse") : code.index("def decode")]
+    assert port.features["step_execution"].reason == port.features["cfg_parallel"].reason
+    assert "no loop" in port.features["step_execution"].reason or "inside" in port.features["step_execution"].reason
+
+
+def test_a_pipeline_that_never_denoises_is_diagnosed_not_guessed(studio: Studio) -> None:
+    source = PIPELINE.replace("self.transformer(latents", "self.vae.net(latents")
     with pytest.raises(PorterError) as error:
         studio.port(source)
     assert error.value.diagnostics[0].code == "PORT501"
-    assert "loop" in str(error.value)
 
 
-def test_two_scheduler_steps_are_diagnosed(studio: Studio) -> None:
+def test_two_scheduler_steps_make_one_piece(studio: Studio) -> None:
     step = "                latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]\n"
-    with pytest.raises(PorterError, match="more than one place"):
-        studio.port(PIPELINE.replace(step, step + step))
+    port = studio.port(PIPELINE.replace(step, step + step))
+    assert "more than one place" in port.features["step_execution"].reason
 
 
 def test_an_attribute_nobody_sets_is_diagnosed(studio: Studio) -> None:
@@ -166,6 +175,14 @@ def test_state_that_the_loop_changes_is_not_the_argument_it_came_from(studio: St
     code = printed(studio.port(source))
     assert "call_guidance_scale = 1 + guidance_scale * t" in code
     assert "call_guidance_scale = guidance_scale" in code
+
+
+def test_state_that_is_only_given_a_value_where_none_was_stays_one_name(studio: Studio) -> None:
+    stored = "        self._guidance_scale = guidance_scale\n"
+    source = PIPELINE.replace(
+        stored, stored + "        if self.guidance_scale is None:\n            self._guidance_scale = 2.0\n"
+    )
+    assert "call_guidance_scale" not in printed(studio.port(source))
 
 
 def test_constructor_arguments_are_the_ports_attributes(studio: Studio) -> None:

@@ -5,9 +5,10 @@ from porter.facts.pipeline.components import Component, components
 from porter.facts.pipeline.guidance import Branch, Combination, Guidance, guidance
 from porter.facts.pipeline.members import Members, members
 from porter.facts.pipeline.regions import Loop, Regions, regions
-from porter.facts.pipeline.tail import PostProcess, Tail, tail
+from porter.facts.pipeline.stages import Stages, stages
+from porter.facts.pipeline.tail import PostProcess, Tail, Value, tail
 
 __all__ = [
-    "Branch", "CallState", "Combination", "Component", "Guidance", "Loop", "Members", "PostProcess", "Regions", "Tail",
-    "call_state", "components", "guidance", "members", "regions", "tail",
+    "Branch", "CallState", "Combination", "Component", "Guidance", "Loop", "Members", "PostProcess", "Regions", "Stages",
+    "Tail", "Value", "call_state", "components", "guidance", "members", "regions", "stages", "tail",
 ]  # fmt: skip

@@ -37,10 +37,15 @@ class Regions:
     step: tuple[cst.BaseStatement, ...]
     decode: tuple[cst.BaseStatement, ...]
 
+    @property
+    def denoise(self) -> tuple[cst.BaseStatement, ...]:
+        """One round of the loop."""
+        return (*self.predict, *self.guide, *self.step)
+
 
 def regions(statements: Sequence[cst.BaseStatement], denoisers: Collection[str]) -> Regions | Unknown:
     """Cut the statements of a (cleaned) `__call__`. `denoisers` are component names."""
-    flat = _unwrap_progress(statements)
+    flat = unwrap_progress(statements)
     places = [i for i, s in enumerate(flat) if isinstance(s, cst.For) and _denoises(s, denoisers)]
     if not places:
         nested = any(_denoises(s, denoisers) for s in flat)
@@ -74,11 +79,11 @@ def regions(statements: Sequence[cst.BaseStatement], denoisers: Collection[str])
     )
 
 
-def _unwrap_progress(statements: Sequence[cst.BaseStatement]) -> list[cst.BaseStatement]:
+def unwrap_progress(statements: Sequence[cst.BaseStatement]) -> list[cst.BaseStatement]:
     """`with self.progress_bar(...) as bar:` around the loop is only display."""
     flat: list[cst.BaseStatement] = []
     for statement in statements:
-        if isinstance(statement, cst.With) and all(_is_progress(i.item) for i in statement.items):
+        if isinstance(statement, cst.With) and all(is_progress(i.item) for i in statement.items):
             inner = body(statement)
             if inner and statement.leading_lines:
                 inner[0] = inner[0].with_changes(leading_lines=[*statement.leading_lines, *inner[0].leading_lines])
@@ -88,7 +93,8 @@ def _unwrap_progress(statements: Sequence[cst.BaseStatement]) -> list[cst.BaseSt
     return flat
 
 
-def _is_progress(node: cst.BaseExpression) -> bool:
+def is_progress(node: cst.BaseExpression) -> bool:
+    """Whether an expression is a call of the pipeline's progress bar."""
     return isinstance(node, cst.Call) and self_attribute(node.func) == "progress_bar"
 
 
@@ -102,7 +108,7 @@ def _loop(node: cst.BaseStatement) -> Loop | Unknown:
             return Unknown("enumerate without an index and a timestep")
         index = next(iter(names_of(target.elements[0].value)), None)
         target = target.elements[1].value
-    if _is_progress(iterable) or (isinstance(iterable, cst.Call) and _ends_with(iterable.func, "tqdm")):
+    if is_progress(iterable) or (isinstance(iterable, cst.Call) and _ends_with(iterable.func, "tqdm")):
         iterable = iterable.args[0].value  # type: ignore[union-attr]
     if not isinstance(target, cst.Name):
         return Unknown("the loop runs over more than timesteps")

@@ -4,140 +4,180 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import libcst as cst
 
 from porter.facts.pipeline.liveness import uses
+from porter.facts.pipeline.pasting import in_decoded_range, pastes_crop
 from porter.model import Unknown
-from porter.source.marks import inherit
 from porter.source.names import referenced
-from porter.source.tree import body, find, replace_nodes, self_attribute, substitute, with_body
+from porter.source.tree import body, code, find, normal, replace_nodes, same, self_attribute
 
-RULE = "paste-before-post-processing"
-"""Name under which the line map explains the statements around a paste."""
+_VALUE = frozenset({"image", "video", "latents"})
+"""Names under which the processors' methods take what they process."""
+
+_MEDIA = frozenset({"images", "frames", "video", "videos", "audio", "audios"})
 
 
 @dataclass(frozen=True, slots=True)
 class PostProcess:
-    """`self.<processor>.<method>(value, output_type=output_type, **options)`."""
+    """`self.<processor>.<method>(value, output_type=output_type, **options)`.
 
-    processor: str
+    `processor` is None for `if output_type == "np": x = x.cpu().float().numpy()`.
+    """
+
+    processor: str | None
     method: str
-    options: tuple[tuple[str, cst.BaseExpression], ...]
+    options: tuple[tuple[str, cst.BaseExpression], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of the output object: the field that holds it, the expression, and its post-processing."""
+
+    field: str
+    expression: cst.BaseExpression
+    post_process: PostProcess | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """`statements` compute `result` without post-processing; `output` is the class Diffusers returns."""
+    """`statements` compute `values` without post-processing; `output` is the class Diffusers returns."""
 
     statements: tuple[cst.BaseStatement, ...]
-    result: cst.BaseExpression
-    field: str
+    values: tuple[Value, ...]
     output: str | None
-    post_process: PostProcess | None
+
+    @property
+    def result(self) -> cst.BaseExpression:
+        """The value, or a tuple of them."""
+        return _joined([v.expression for v in self.values])
+
+    @property
+    def post_process(self) -> PostProcess | None:
+        """Post-processing of the first value."""
+        return self.values[0].post_process
 
 
 def tail(statements: Sequence[cst.BaseStatement]) -> Tail | Unknown:
-    """Analyse the (cleaned) decode region."""
+    """Analyse the (cleaned) decode region. Statements that lose their purpose with the post-processing become `pass`."""
     if not statements or not isinstance(statements[-1], cst.SimpleStatementLine):
         return Unknown("__call__ does not end with a return statement")
     last = statements[-1].body[-1]
     if not isinstance(last, cst.Return) or not isinstance(last.value, cst.Call):
         return Unknown("__call__ does not return an output object")
-    given = [a for a in last.value.args if not (isinstance(a.value, cst.Name) and a.value.value == "None")]
-    if len(given) != 1:
-        return Unknown(f"the output object holds {len(given)} values")
-    rest = list(statements[:-1])
-    calls = [(s, c) for s in rest for c in find(s, cst.SimpleStatementLine) if _post_process(c) is not None]
-    if len(calls) > 1:
-        return Unknown("the output is post-processed in more than one place")
-    post_process = None
-    if calls:
-        owner, statement = calls[0]
-        post_process = _post_process(statement)
-        assert isinstance(statement.body[0], cst.Assign)
-        overlays = [s for each in rest for s in find(each, cst.If) if _pastes_crop(s, statement)]
-        later = [*rest[rest.index(owner) + 1 :], *_after(owner, statement)]
-        if any(_reads_result(s, statement) for s in later if s not in overlays):
+    given = _fields(last.value)
+    if not given:
+        return Unknown("the output object holds nothing")
+    if other := [f for f, _ in given[1:] if not _MEDIA & set(f.split("_"))]:
+        return Unknown(f"the output object also holds {', '.join(other)}")
+    output = referenced(last.value.func)
+    rest = [_plain_returns(s, output) for s in statements[:-1]]
+    values = []
+    for field, value in given:
+        found = _take_post_process(rest, value)
+        if isinstance(found, Unknown):
+            return found
+        rest, post_process = found
+        values.append(Value(field, value, post_process))
+    return Tail(tuple(rest), tuple(values), output)
+
+
+def _fields(call: cst.Call) -> list[tuple[str, cst.BaseExpression]]:
+    """Fields of the output object and their values, without those that are None."""
+    return [
+        (a.keyword.value if a.keyword is not None else "", a.value)
+        for a in call.args
+        if not (isinstance(a.value, cst.Name) and a.value.value == "None")
+    ]
+
+
+def _joined(values: Sequence[cst.BaseExpression]) -> cst.BaseExpression:
+    return values[0] if len(values) == 1 else cst.Tuple([cst.Element(v) for v in values], lpar=[], rpar=[])
+
+
+def _plain_returns(statement: cst.BaseStatement, output: str | None) -> cst.BaseStatement:
+    """A statement whose early returns give the bare values."""
+    edits: list[tuple[cst.CSTNode, object]] = []
+    for node in find(statement, cst.Return):
+        if isinstance(node.value, cst.Call) and output is not None and referenced(node.value.func) == output:
+            edits.append((node.value, _joined([v for _, v in _fields(node.value)])))
+    return replace_nodes(statement, edits)
+
+
+def _take_post_process(
+    statements: Sequence[cst.BaseStatement], value: cst.BaseExpression
+) -> tuple[list[cst.BaseStatement], PostProcess | None] | Unknown:
+    """The statements without the post-processing of `value`, and what it was."""
+    kinds: list[PostProcess] = []
+    edits: list[tuple[cst.CSTNode, object]] = []
+    for node in [n for s in statements for n in find(s, cst.SimpleStatementLine, cst.If)]:
+        found, new = _numpy(node) if isinstance(node, cst.If) else _processor(node)
+        if found is None or not same(_target(node), value):
+            continue
+        kinds.append(found)
+        edits.append((node, new))
+        later = [s for s in _following(statements, node) if isinstance(value, cst.Name) and value.value in uses(s)]
+        pastes = [s for s in later if isinstance(s, cst.If) and pastes_crop(s, code(value))]
+        if len(pastes) < len(later):
             return Unknown("the post-processed output is used again")
-        for overlay in overlays:
-            rest = [replace_nodes(s, [(overlay, _in_decoded_range(overlay, statement))]) for s in rest]
-        owner = next(s for s in rest if s is owner or any(n is statement for n in find(s, cst.SimpleStatementLine)))
-        rest[rest.index(owner)] = _without(owner, statement)
-        rest = [s for s in rest if s is not None]
-    field = given[0].keyword.value if given[0].keyword is not None else ""
-    return Tail(tuple(rest), given[0].value, field, referenced(last.value.func), post_process)
+        edits += [(p, in_decoded_range(p, cst.ensure_type(node, cst.SimpleStatementLine))) for p in pastes]
+    if any(not _alike(kinds[0], k) for k in kinds[1:]):
+        return Unknown("the output is post-processed in different ways")
+    return [replace_nodes(s, edits) for s in statements], kinds[0] if kinds else None
 
 
-def _after(owner: cst.BaseStatement, statement: cst.SimpleStatementLine) -> list[cst.BaseStatement]:
-    """Statements that follow `statement` in its own block."""
-    for block in find(owner, cst.IndentedBlock):
-        if statement in block.body:
-            return [s for s in block.body[list(block.body).index(statement) + 1 :] if isinstance(s, cst.BaseStatement)]
-    return []
+def _following(statements: Sequence[cst.BaseStatement], node: cst.CSTNode) -> list[cst.BaseStatement]:
+    """Statements that run after `node`: in its own block, and at the top level."""
+    found: list[cst.BaseStatement] = []
+    owner = next(i for i, s in enumerate(statements) if s is node or any(n is node for n in find(s, type(node))))
+    for block in find(statements[owner], cst.IndentedBlock):
+        places = [i for i, s in enumerate(block.body) if s is node]
+        found += [s for i in places for s in block.body[i + 1 :] if isinstance(s, cst.BaseStatement)]
+    return [*found, *statements[owner + 1 :]]
 
 
-def _pastes_crop(branch: cst.If, post: cst.SimpleStatementLine) -> bool:
-    """`if ...: image = [self.<processor>.apply_overlay(..., i, ...) for i in image]`, without else."""
-    inner = body(branch)
-    if branch.orelse is not None or len(inner) != 1 or not _reads_result(inner[0], post):
-        return False
-    calls = [self_attribute(c.func.value) for c in find(inner[0], cst.Call) if _is_method(c, "apply_overlay")]
-    return len(calls) == 1 and calls[0] is not None
+def _alike(left: PostProcess, right: PostProcess) -> bool:
+    options = [[(n, normal(v)) for n, v in p.options] for p in (left, right)]
+    return (left.processor, left.method) == (right.processor, right.method) and options[0] == options[1]
 
 
-def _is_method(call: cst.Call, name: str) -> bool:
-    return isinstance(call.func, cst.Attribute) and call.func.attr.value == name
+def _target(node: cst.SimpleStatementLine | cst.If) -> cst.BaseExpression | None:
+    """What the (only) assignment of a statement binds."""
+    inner = body(node)[0] if isinstance(node, cst.If) else node
+    first = inner.body[0] if isinstance(inner, cst.SimpleStatementLine) else None
+    return first.targets[0].target if isinstance(first, cst.Assign) else None
 
 
-def _in_decoded_range(branch: cst.If, post: cst.SimpleStatementLine) -> cst.If:
-    """The branch with pictures made before the paste and a tensor after it: post-processing comes later, elsewhere.
-
-    Diffusers pastes only into pictures of 8 bits, so nothing is lost on the way back.
-    """
-    assign = cst.ensure_type(post.body[0], cst.Assign)
-    call, image = cst.ensure_type(assign.value, cst.Call), assign.targets[0].target
-    pil = cst.SimpleString('"pil"')
-    args = [a.with_changes(value=pil) if a.keyword and a.keyword.value == "output_type" else a for a in call.args]
-    args[0] = args[0].with_changes(value=image)
-    before = post.with_changes(body=[assign.with_changes(value=call.with_changes(args=args))], leading_lines=[])
-    holes = {"image": image, "processor": cst.ensure_type(call.func, cst.Attribute).value}
-    text = "image = processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(image)))"
-    after = cast(cst.BaseStatement, substitute(cst.parse_statement(text), holes))
-    (paste,) = body(branch)
-    return with_body(branch, [before, paste, inherit(after, paste, RULE)])
-
-
-def _reads_result(statement: cst.BaseStatement, post: cst.SimpleStatementLine) -> bool:
-    assign = post.body[0]
-    assert isinstance(assign, cst.Assign)
-    target = assign.targets[0].target
-    return isinstance(target, cst.Name) and target.value in uses(statement)
-
-
-def _post_process(statement: cst.SimpleStatementLine) -> PostProcess | None:
+def _processor(statement: cst.SimpleStatementLine) -> tuple[PostProcess | None, object]:
+    """`x = self.processor.postprocess*(value, output_type=output_type)`, and what stands for it without it."""
     assign = statement.body[0]
-    if not isinstance(assign, cst.Assign) or not isinstance(assign.value, cst.Call):
-        return None
-    func = assign.value.func
-    if not isinstance(func, cst.Attribute) or not func.attr.value.startswith("postprocess"):
-        return None
-    processor = self_attribute(func.value)
-    if processor is None:
-        return None
-    options = tuple(
-        (a.keyword.value, a.value) for a in assign.value.args if a.keyword and a.keyword.value != "output_type"
+    if not isinstance(assign, cst.Assign) or not isinstance(assign.value, cst.Call) or not assign.value.args:
+        return None, None
+    call = assign.value
+    if not isinstance(call.func, cst.Attribute) or not call.func.attr.value.startswith("postprocess"):
+        return None, None
+    processor = self_attribute(call.func.value)
+    given = {a.keyword.value: a.value for a in call.args if a.keyword}
+    wanted = given.pop("output_type", None)
+    if processor is None or not (isinstance(wanted, cst.Name) and wanted.value == "output_type"):
+        return None, None
+    options = tuple((n, v) for n, v in given.items() if n not in _VALUE)
+    value, target = call.args[0].value, assign.targets[0].target
+    plain = cst.Pass() if same(value, target) else assign.with_changes(value=value)
+    new = statement.with_changes(body=[plain])
+    return PostProcess(processor, call.func.attr.value, options), new
+
+
+def _numpy(statement: cst.If) -> tuple[PostProcess | None, object]:
+    """`if output_type == "np": x = x.cpu().float().numpy()`."""
+    target = _target(statement)
+    if statement.orelse is not None or len(body(statement)) != 1 or not isinstance(target, cst.Name):
+        return None, None
+    if normal(statement.test) != normal(cst.parse_expression('output_type == "np"')):
+        return None, None
+    assign = body(statement)[0]
+    wanted = cst.parse_statement(f"{target.value} = {target.value}.cpu().float().numpy()")
+    return (
+        (PostProcess(None, "numpy"), assign.with_changes(body=[cst.Pass()])) if same(assign, wanted) else (None, None)
     )
-    return PostProcess(processor, func.attr.value, options)
-
-
-def _without(owner: cst.BaseStatement, statement: cst.SimpleStatementLine) -> cst.BaseStatement | None:
-    """`owner` with the post-processing replaced by a plain assignment, or without it if that changes nothing."""
-    assign = statement.body[0]
-    assert isinstance(assign, cst.Assign) and isinstance(assign.value, cst.Call)
-    value, target = assign.value.args[0].value, assign.targets[0].target
-    if isinstance(value, cst.Name) and isinstance(target, cst.Name) and value.value == target.value:
-        return None if owner is statement else replace_nodes(owner, [(statement, cst.RemoveFromParent())])
-    new = statement.with_changes(body=[assign.with_changes(value=value)])
-    return new if owner is statement else replace_nodes(owner, [(statement, new)])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import libcst as cst
 
-from porter.facts.pipeline import guidance, regions, tail
+from porter.facts.pipeline import guidance, regions, stages, tail
 from porter.facts.pipeline.regions import Regions
+from porter.facts.pipeline.tail import Tail
 from porter.model import Unknown
+from porter.source.tree import code
 
 LOOP = """
 latents = start()
@@ -90,5 +92,62 @@ def test_post_processing_is_taken_out_and_remembered() -> None:
     assert "postprocess" not in cst.Module(body=list(found.statements)).code
 
 
-def test_two_results_are_not_understood() -> None:
+def test_flags_beside_the_result_are_not_understood() -> None:
     assert isinstance(tail(list(cst.parse_module("return Out(images=a, flags=b)\n").body)), Unknown)
+
+
+def ending(text: str) -> Tail:
+    found = tail(list(cst.parse_module(text).body))
+    assert isinstance(found, Tail)
+    return found
+
+
+def test_video_and_sound_are_two_results() -> None:
+    found = ending(
+        "video = self.p.postprocess_video(video, output_type=output_type)\nreturn Out(frames=video, audio=sound)\n"
+    )
+    assert [v.field for v in found.values] == ["frames", "audio"]
+    assert [v.post_process is not None for v in found.values] == [True, False]
+    assert code(found.result) == "video, sound"
+
+
+def test_an_early_return_gives_the_bare_result() -> None:
+    found = ending(
+        'if output_type == "latent":\n    return pkg·Out(audios=x)\ny = self.vae(x)\nreturn pkg·Out(audios=y)\n'
+    )
+    assert "return x" in cst.Module(body=list(found.statements)).code
+
+
+def test_conversion_of_sound_to_numpy_is_post_processing() -> None:
+    found = ending('y = f(x)\nif output_type == "np":\n    y = y.cpu().float().numpy()\nreturn Out(audios=y)\n')
+    assert found.post_process is not None and found.post_process.processor is None
+    assert "numpy" not in cst.Module(body=list(found.statements)).code
+
+
+def test_a_conversion_to_pixels_for_a_checker_is_no_post_processing() -> None:
+    found = ending(
+        'v = self.p.postprocess_video(v, output_type="np")\nv = check(v)\n'
+        "v = self.p.postprocess_video(v, output_type=output_type)\nreturn Out(frames=v)\n"
+    )
+    assert 'output_type="np"' in cst.Module(body=list(found.statements)).code
+    assert found.post_process is not None
+
+
+def test_a_call_that_cannot_be_cut_has_three_stages() -> None:
+    text = "a = f()\nfor chunk in a:\n    with self.progress_bar(total=3) as bar:\n        b = self.net(b)\nc = g(b)\n"
+    found = stages(list(cst.parse_module(text).body), ["net"], {}, "why")
+    assert not isinstance(found, Unknown)
+    assert [len(part) for part in (found.encode, found.denoise, found.decode)] == [1, 1, 1]
+    assert "progress_bar" not in cst.Module(body=list(found.denoise)).code
+
+
+def test_a_method_that_calls_the_denoiser_denoises() -> None:
+    method = cst.parse_statement("def stage(self, x):\n    return self.net(x)\n")
+    found = stages(list(cst.parse_module("x = 1\ny = self.stage(x)\n").body), ["net"], {"stage": method}, "why")
+    assert not isinstance(found, Unknown)
+    assert len(found.denoise) == 1
+
+
+def test_a_call_that_returns_before_it_denoises_has_no_stages() -> None:
+    text = "if c:\n    return x\ny = self.net(x)\n"
+    assert isinstance(stages(list(cst.parse_module(text).body), ["net"], {}, "why"), Unknown)
