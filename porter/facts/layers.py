@@ -18,7 +18,7 @@ ENGINE_LAYERS = ("vllm.", "vllm_omni.")
 
 @fact("linear", fields=["role", "path", "prefix", "fan_in", "fan_out", "bias", "chunks", "width", "parts", "widths"])
 def linears(unit: Unit) -> Iterator[FactSite]:
-    """Every `torch.nn.Linear` built: column, row, packed_row, chunked_column, merged or whole.
+    """Every `torch.nn.Linear` built: column, row, packed_row, chunked_column, merged, gathered or whole.
 
     A chunked column computes `chunks` outputs of `width` side by side; a packed row reads tensors of `widths` side by side.
     """
@@ -54,6 +54,8 @@ def _linear(name: str, path: str, site: ModuleSite, facts, merged: set[str]) -> 
         fields["role"] = "packed_row" if parts else "row"
         if parts:
             fields |= {"parts": len(parts), "widths": f"[{', '.join(_terms(fan_in, len(parts)))}]"}
+    elif key in facts.gathered:
+        fields["role"] = "gathered"
     return FactSite(site.call, name, fields)
 
 

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.facts.geometry import Geometry, head_geometry
+from porter.facts.modulation import modulations
 from porter.facts.module_tree import ClassModules, module_tree
 from porter.facts.projections import Merge, ProjectionGroup, linear_arguments, projection_groups
-from porter.facts.sharding import AttentionSite, Roles, infer_roles
+from porter.facts.sharding import AttentionSite, Linear, Roles, infer_roles
 from porter.model import Unit, Unknown
 
 
 @dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """Module trees, inferred roles, head geometry and projections to merge, of all classes of a unit."""
+    """Module trees, inferred roles, head geometry and projections to merge, of all classes of a unit. `gathered` holds
+    the modulation linears of blocks."""
 
     modules: Mapping[str, ClassModules]
     roles: Roles
     geometry: Mapping[str, Geometry | Unknown]
     groups: Mapping[str, tuple[ProjectionGroup, ...]]
+    gathered: frozenset[Linear]
 
     def attention(self, owner: str) -> tuple[AttentionSite, ...]:
         return tuple(s for s in self.roles.attention if s.owner == owner)
@@ -57,6 +60,6 @@ def tensor_parallel(unit: Unit) -> TensorParallel:
         assert isinstance(node, cst.ClassDef)
         geometry[name] = head_geometry(node, widths)
         groups[name] = projection_groups(tree, roles, geometry[name])
-    result = TensorParallel(modules, roles, geometry, groups)
+    result = TensorParallel(modules, roles, geometry, groups, modulations(modules, unit.root, roles))
     _last[:] = [(unit, result)]
     return result
