@@ -6,7 +6,7 @@ from tests.facts.conftest import build
 ROOT = build("self.blocks = nn.ModuleList([Net(dim) for _ in range(2)])", name="Root",
              forward="for block in self.blocks:\n    x = block(x)\nreturn x")  # fmt: skip
 WIDE = "self.linear = nn.Linear(dim, 6 * dim)"
-USE = "return x * m.chunk(6, dim=1)[0].unsqueeze(1)"
+USE = "return x * m.unsqueeze(1)"
 
 
 def gathered(facts, *lines, forward, root=ROOT):
