@@ -195,13 +195,21 @@ def _rungs(options: Verification) -> list[str] | None:
     return [r.strip() for r in options.rungs.split(",") if r.strip()] if options.rungs else None
 
 
-def status(out: Path, fmt: str) -> int:
-    """`porter status`: ports and their features, from the manifest."""
+def status(out: Path, fmt: str, ports: bool, corpus: Path) -> int:
+    """`porter status`: coverage by tier and family and what blocks the rest, or the features of every port."""
     manifest = _manifest(out / "manifest.json")
     if fmt == "json":
         print(json.dumps(manifest, indent=2))
         return OK
     print(f"diffusers {manifest.get('diffusers', '?')} -> {manifest.get('engine', '?')}")
+    if ports:
+        _print_ports(manifest)
+    else:
+        _print_catalogue(out, corpus)
+    return OK
+
+
+def _print_ports(manifest: Mapping[str, Any]) -> None:
     total: Counter[str] = Counter()
     for port in manifest.get("ports", []):
         states = {name: f.get("status", "?") for name, f in port.get("features", {}).items()}
@@ -211,11 +219,33 @@ def status(out: Path, fmt: str) -> int:
         for name, state in states.items():
             evidence = port["features"][name].get("evidence") or port["features"][name].get("reason") or ""
             print(f"  {name:24} {state:12} {evidence if isinstance(evidence, str) else ''}".rstrip())
-    print(
-        f"{len(manifest.get('ports', []))} ports; "
-        + (", ".join(f"{n} {s}" for s, n in sorted(total.items())) or "no features")
-    )
-    return OK
+    counts = ", ".join(f"{n} {s}" for s, n in sorted(total.items())) or "no features"
+    print(f"{len(manifest.get('ports', []))} ports; {counts}")
+
+
+def _print_catalogue(out: Path, corpus: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from porter.catalogue import live_pipelines
+    from porter.coverage import DENOISER, rows
+    from porter.resources import RULES
+    from porter.status import HEADINGS, blockers, lines
+
+    found = {row["class"]: row for row in rows(out, corpus, RULES / "models")}
+    live = live_pipelines(corpus)
+    table = Table(box=None)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in ("tier", "family") else "right")
+    for line in lines(live, found):
+        table.add_row(*line.cells())
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print()
+    denoisers = [row for row in found.values() if row["kind"] == "denoiser"]
+    proven = ", ".join(f"{c} {sum(row.get(c) == 'validated' for row in denoisers)}" for c in DENOISER)
+    print(f"{len(denoisers)} denoisers, {sum(row['port'] != 'no' for row in denoisers)} ported; validated: {proven}")
+    for names, reason in blockers(live, found):
+        print(f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names)} pipelines: {reason}")
 
 
 def coverage(out: Path, corpus: Path) -> int:

@@ -47,7 +47,7 @@ def convert(
     policy = load_policy(resources.RULES)
     run = _Conversion(library, rules, policy)
     for name in names:
-        run.add(find_target(library, name))
+        run.add(find_target(library, name), alone=len(names) == 1)
     return run.finish(evidence)
 
 
@@ -66,14 +66,23 @@ class _Conversion:
         self.transformers: dict[str, TransformerPort] = {}
         self.pipelines: dict[str, tuple[str, PipelinePort]] = {}
         self.alone: dict[str, Target] = {}
+        self.blocked: dict[str, Diagnostic] = {}
         self.diagnostics: list[Diagnostic] = []
 
-    def add(self, target: Target) -> None:
-        """Convert one target: its denoisers first, then the pipeline around them."""
-        denoisers: dict[str, Denoiser] = {}
-        for component, qualified in target.denoisers.items():
-            port = self._transformer(qualified)
-            denoisers[component] = Denoiser(component, port.source, port.module, port.class_name)
+    def add(self, target: Target, *, alone: bool) -> None:
+        """Convert one target: its denoisers first, then the pipeline around them.
+
+        Raises PorterError when a denoiser can't be ported and the target was asked for `alone`; among others it is
+        left out, with its diagnostics.
+        """
+        try:
+            ported = {c: self._transformer(q) for c, q in target.denoisers.items()}
+        except PorterError as error:
+            if alone:
+                raise
+            self.diagnostics += error.diagnostics
+            return
+        denoisers = {c: Denoiser(c, p.source, p.module, p.class_name) for c, p in ported.items()}
         folder = self._transformer(next(iter(target.denoisers.values()))).folder
         if target.is_pipeline:
             try:
@@ -81,6 +90,7 @@ class _Conversion:
             except PorterError as error:
                 # A transformer that converts is worth having before its pipeline does.
                 self.diagnostics += error.diagnostics
+                self.blocked[target.name] = error.diagnostics[0]
             else:
                 self.pipelines[target.name] = (folder, pipeline)
                 self.diagnostics += pipeline.diagnostics
@@ -134,7 +144,8 @@ class _Conversion:
         for target in self.alone.values():
             qualified = set(target.denoisers.values())
             if target.is_pipeline or not {self.transformers[q].source for q in qualified} <= covered:
-                entries.append(PortEntry.of_target(target, self.transformers, files, proven))
+                blocked = self.blocked.get(target.name)
+                entries.append(PortEntry.of_target(target, self.transformers, files, proven, blocked))
         return sorted(entries, key=lambda e: (e.folder, e.arch))
 
     def _init(self, folder: str, entries: list[PortEntry]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from porter.evidence import cited
 
 if TYPE_CHECKING:
+    from porter.model import Diagnostic
     from porter.pipeline import PipelinePort
     from porter.targets import Target
     from porter.transformer.port import TransformerPort
@@ -67,12 +68,17 @@ class PortEntry:
         transformers: Mapping[str, TransformerPort],
         files: Mapping[str, str],
         proven: Mapping[str, Any],
+        blocked: Diagnostic | None = None,
     ) -> PortEntry:
-        """Entry of a port that is a transformer so far."""
+        """Entry of a port that is a transformer so far, with what keeps its pipeline from being one."""
         denoisers = {component: _denoiser(transformers[q]) for component, q in target.denoisers.items()}
         folder = transformers[next(iter(target.denoisers.values()))].folder
         entry = cls(f"diffusers.{target.name}", target.name, folder, None, None, None, None, denoisers)
-        return _with_features(entry, _proven(entry, files, proven))
+        features = _proven(entry, files, proven)
+        if blocked is not None:
+            place = f" at {blocked.span.file}:{blocked.span.line}" if blocked.span else ""
+            features["pipeline"] = {"status": "unsupported", "reason": f"{blocked.code}{place}: {blocked.message}"}
+        return _with_features(entry, features)
 
     def row(self) -> dict[str, Any]:
         """The entry as the manifest has it, keys in the order of the contract."""

@@ -171,9 +171,15 @@ def test_status_lists_ports_and_features(tmp_path, capsys):
     data = json.loads(manifest("Net"))
     data["ports"][0]["features"] = {"tp": {"status": "validated", "evidence": "1e-6"}, "sp": {"status": "not tested"}}
     (tmp_path / "manifest.json").write_text(json.dumps(data))
-    assert main(["status", "--out", str(tmp_path)]) == exits.OK
+    assert main(["status", "--ports", "--out", str(tmp_path)]) == exits.OK
     out = capsys.readouterr().out
     assert "diffusers.Net" in out and "1 validated" in out and "1 not tested" in out
+
+
+def test_verifying_needs_names_or_all(capsys):
+    for arguments in (["verify"], ["verify", "Net", "--all"], ["verify", "--all", "--checkpoint", "x"]):
+        assert main(arguments) == exits.USAGE
+        assert "PORT013" in capsys.readouterr().err
 
 
 def test_a_device_the_ladder_does_not_have_is_usage(capsys):

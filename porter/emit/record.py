@@ -36,6 +36,7 @@ def port_record(folder: str, run: _Conversion, finished: Mapping[str, Finished])
         "pipelines": {
             p.arch: {
                 "source": p.source,
+                "sites": _statuses(p),
                 "parameters": [asdict(q) for q in p.parameters],
                 "features": {n: asdict(f) for n, f in p.features.items()},
                 "diagnostics": sorted({f"{d.code} {d.message}" for d in p.diagnostics}),

@@ -6,6 +6,7 @@ import difflib
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from porter.engine.load import RuleSet, load_rule, load_rules, rule_files
@@ -165,8 +166,8 @@ def new(name: str, folder: str, rules: Path | None) -> str:
     return str(root / folder / f"{name}.yaml")
 
 
-def stats(rules: Path | None) -> str:
-    """Counts that show where the language is used, and how often it does not suffice (ops)."""
+def stats(rules: Path | None, generated: Path | None = None) -> str:
+    """Counts that show where the language is used, and how often it does not suffice (ops, hints for single models)."""
     found = _load(rules)
     cases = [c for r in found.rules for c in r.spec.cases]
     examples = [e for r in found.rules for e in r.spec.examples]
@@ -180,8 +181,24 @@ def stats(rules: Path | None) -> str:
         ("cases with an op", ops, f"{100 * ops // max(1, len(cases))} % (a rising share is a smell)"),
         ("examples", len(examples), f"{100 * negative // max(1, len(examples))} % say what must not happen"),
         ("edits", sum(verbs.values()), ", ".join(f"{n} {v}" for v, n in verbs.most_common())),
+        ("hints", len(list(((rules or RULES) / "models").glob("*.yaml"))), "files for single models"),
     ]
+    if generated is not None and (generated / "manifest.json").is_file():
+        sites, by_ops = sites_of(generated, {r.spec.rule for r in found.rules if any(c.op for c in r.spec.cases)})
+        rows.append(("sites of the ports", sites, f"{100 * by_ops // max(1, sites)} % by rules with an op"))
     return "".join(f"{name:18} {number:5}  {detail}".rstrip() + "\n" for name, number, detail in rows)
+
+
+def sites_of(generated: Path, ops: Iterable[str]) -> tuple[int, int]:
+    """Sites that rules rewrote in all ports of a folder, and how many of them rules with ops did."""
+    from porter.coverage import handled
+
+    totals = [0, 0]
+    for path in sorted(generated.glob("*/port.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        for about in (*record["transformers"].values(), *record["pipelines"].values()):
+            totals = [a + b for a, b in zip(totals, handled(about.get("sites", {}), ops), strict=True)]
+    return totals[0], totals[1]
 
 
 def schema(write: bool, rules: Path | None) -> str:

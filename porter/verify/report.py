@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from porter.evidence import ORDER
 from porter.verify.manifest import write_atomically
 from porter.verify.outcome import ALL_RUNS, BOUND, CaseResult, RungResult
+from porter.verify.parts import parts_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -171,6 +172,8 @@ def _state(rung: RungResult) -> dict[str, Any]:
         evidence |= {k: largest.figures[k] for k in BLOCK_FIGURES if k in largest.figures}
         if _block_share(largest) <= ENOUGH:
             evidence.pop("replicated_in_blocks", None)
+    if rung.rung == "pipeline":
+        evidence["parts"] = parts_of(rung.cases)
     if rung.rung == "bf16":
         evidence = _bfloat16(rung, len(good))
     if rung.status == "passed":
@@ -178,7 +181,8 @@ def _state(rung: RungResult) -> dict[str, Any]:
     failed = ", ".join(c.name for c in rung.failures()[:6])
     if good:
         return {"status": "limited", "reason": f"fails: {failed}", "evidence": evidence}
-    return {"status": "unsupported", "reason": f"{failed}: {rung.failures()[0].message}"[:300]}
+    nothing = {"status": "unsupported", "reason": f"{failed}: {rung.failures()[0].message}"[:300]}
+    return nothing | {"evidence": evidence} if "parts" in evidence else nothing
 
 
 def _bfloat16(rung: RungResult, good: int) -> dict[str, Any]:

@@ -31,8 +31,9 @@ CERTAIN = 2.5
 """Standard errors that a mean must be away from FACTOR for a verdict before MOST seeds are run."""
 EXCESS = 1.5
 """A module whose error is so many times that of Diffusers' is named as the place where precision is lost."""
-EXACT_INPUTS = ("timestep", "guidance", "ids", "rotary", "rope", "freqs", "sigma")
-"""Parts of names of inputs that pipelines hand over in float32."""
+POSITIONS = ("ids", "rotary", "rope", "freqs")
+EXACT_INPUTS = (("timestep", "guidance", "sigma", *POSITIONS), POSITIONS, ())
+"""Parts of names of inputs that stay in float32, as pipelines hand them over; the first choice that Diffusers can run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +124,7 @@ def _runs(
     """(error of the port, error of Diffusers) for each seed; with `probe` the records of both sides instead."""
     import torch
 
-    files = {"inputs": bench.path("bf16-inputs"), "reference": bench.path("bf16-reference")}
-    torch.save([halved(build_inputs(case.inputs, seed)) for seed in seeds], files["inputs"])
-    job = {"job": "bf16", "class": case.denoiser, "config": dict(case.config), "seeds": seeds, "probe": probe}
-    try:
-        bench.baseline.call(job | {"inputs": files["inputs"], "out": files["reference"]})
-    except JobError as error:
-        raise _Baseline(str(error)[:300]) from None
+    files = _reference(bench, case, seeds, probe)
     out = bench.path("bf16-port")
     bench.engine(engine_job(generated, denoiser, case) | files | {"job": "bf16", "out": out, "probe": probe})
     port, reference = torch.load(out, weights_only=True), torch.load(files["reference"], weights_only=True)
@@ -140,9 +135,26 @@ def _runs(
     ]
 
 
-def halved(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Floating tensors in bfloat16, but for those that pipelines hand over in float32."""
-    return {n: v if any(part in n for part in EXACT_INPUTS) else _half(v) for n, v in inputs.items()}
+def _reference(bench: Bench, case: ModuleCase, seeds: list[int], probe: bool) -> dict[str, str]:
+    """Files with inputs and the Diffusers side. Raises _Baseline when Diffusers takes none of EXACT_INPUTS."""
+    import torch
+
+    job = {"job": "bf16", "class": case.denoiser, "config": dict(case.config), "seeds": seeds, "probe": probe}
+    problem = ""
+    for exact in EXACT_INPUTS:
+        files = {"inputs": bench.path("bf16-inputs"), "reference": bench.path("bf16-reference")}
+        torch.save([halved(build_inputs(case.inputs, seed), exact) for seed in seeds], files["inputs"])
+        try:
+            bench.baseline.call(job | {"inputs": files["inputs"], "out": files["reference"]})
+            return files
+        except JobError as error:
+            problem = problem or str(error)[:300]
+    raise _Baseline(problem)
+
+
+def halved(inputs: dict[str, Any], exact: tuple[str, ...]) -> dict[str, Any]:
+    """Floating tensors in bfloat16, but for those with a part of `exact` in the name."""
+    return {n: v if any(part in n for part in exact) else _half(v) for n, v in inputs.items()}
 
 
 def _half(value: Any) -> Any:

@@ -146,6 +146,10 @@ def judge(case: RequestCase, want: Mapping[str, Any], got: Mapping[str, Any]) ->
         return CaseResult(case.name, "failed", f"{len(steps)} scheduler steps, {len(want['steps'])} expected", figures)
     problems: list[str] = []
     worst = 0.0
+    if case.images:
+        figures["media"] = sorted(case.images)
+    if case.prompts == 1 and want["first_call"] and got["first_call"]:
+        figures["inputs_rel_l2"] = _inputs_error(want["first_call"], got["first_call"])
     if want["timesteps"] is not None and got["timesteps"] is not None:
         schedule = difference(got["timesteps"].float(), want["timesteps"].float())["rel_l2"]
         if schedule > BOUND:
@@ -156,6 +160,7 @@ def judge(case: RequestCase, want: Mapping[str, Any], got: Mapping[str, Any]) ->
         if error["rel_l2"] > BOUND:
             problems.append(_text(f"latents after step {index + 1}", error))
             break
+    figures["latents_rel_l2"] = worst
     if case.stop_after is None:
         target = want["decoded"] if want["decoded"] is not None else want["output"]
         if got["output"] is None:
@@ -200,18 +205,26 @@ def _judge_errors(case: RequestCase, want: Mapping[str, Any] | None, got: Mappin
 
 
 def _first_call(want: Mapping[str, Any], got: Mapping[str, Any]) -> list[str]:
-    """Compare the first denoiser call by argument name; Diffusers may have several guidance branches in one batch."""
-    problems = []
-    for name in sorted(set(want) & set(got)):
-        a, b = got[name].float(), want[name].float()
-        parts = [b]
-        if a.dim() and b.dim() and a.shape[0] < b.shape[0] and b.shape[0] % a.shape[0] == 0:
-            parts = list(b.split(a.shape[0]))
-        if min(difference(a, part)["rel_l2"] for part in parts) > BOUND:
-            problems.append(_text(f"{name} of the first denoiser call", difference(a, parts[-1])))
-    if "hidden_states" not in set(want) & set(got):
+    """What differs in the arguments of the first denoiser call, by name."""
+    errors = {name: _argument_error(want[name], got[name]) for name in sorted(set(want) & set(got))}
+    problems = [_text(f"{n} of the first denoiser call", e) for n, e in errors.items() if e["rel_l2"] > BOUND]
+    if "hidden_states" not in errors:
         problems.append("no hidden_states in the first denoiser call")
     return problems
+
+
+def _inputs_error(want: Mapping[str, Any], got: Mapping[str, Any]) -> float:
+    """Largest error among the arguments that both first denoiser calls have."""
+    return max((_argument_error(want[n], got[n])["rel_l2"] for n in set(want) & set(got)), default=0.0)
+
+
+def _argument_error(want: Any, got: Any) -> dict[str, Any]:
+    """Error of one argument; Diffusers may have several guidance branches in one batch."""
+    a, b = got.float(), want.float()
+    parts = [b]
+    if a.dim() and b.dim() and a.shape[0] < b.shape[0] and b.shape[0] % a.shape[0] == 0:
+        parts = list(b.split(a.shape[0]))
+    return min((difference(a, part) for part in parts), key=lambda error: error["rel_l2"])
 
 
 def _text(what: str, error: Mapping[str, Any]) -> str:
