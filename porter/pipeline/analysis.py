@@ -115,7 +115,8 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
         raise PorterError(Diagnostic(NO_TAIL, f"{name}: {end.reason}", span))
     end = replace(end, statements=tuple(drop_dead(end.statements, uses(end.result))))
     forward = _forward_parameters(library, parts)
-    guide = guidance(cut, names, forward) if isinstance(cut, Regions) else Unknown(cut.reason)
+    functions = {h.name: h.node for h in helpers}
+    guide = guidance(cut, names, forward, functions) if isinstance(cut, Regions) else Unknown(cut.reason)
     return Analysis(
         found, parts, tuple(arguments), mapping, cut, guide, end,
         tuple(_constructor(found, known, [c.name for c in parts])), tuple(helpers), local.kept, span, cleaned.statuses,

@@ -13,7 +13,7 @@ from porter.facts.pipeline.liveness import always_writes, live_before, uses, wri
 from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis, step_call
-from porter.pipeline.predicting import branch_reads, call_reads, predict_code, returns
+from porter.pipeline.predicting import branch_reads, predict_code, returns
 from porter.pipeline.stepping import plain_step, step_code
 from porter.source.marks import inherit
 from porter.source.tree import code, find, statement
@@ -55,8 +55,8 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     guide = analysis.guidance
     moved = guide.after if isinstance(guide, Guidance) else ()
     step = (*moved, *cut.step)
-    head = branch_reads(guide) if isinstance(guide, Guidance) else (*cut.predict, *cut.guide)
-    whole = [*cut.predict, *cut.guide, *cut.step]
+    head = branch_reads(guide) if isinstance(guide, Guidance) else [*cut.predict, *cut.guide]
+    whole = [*head, *step]
     written = writes(whole)
     top = _from_before(analysis, whole, after_loop) - loop_names
     carried = ordered(written & (top | (after_loop & written)), cut.step)
@@ -70,9 +70,7 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     returned = [n for n in carried if n in after_loop]
     if len(returned) != 1:
         return Unknown(f"the loop hands {', '.join(returned) or 'nothing'} to the end of the call")
-    predict_live = live_before(head, [noise, *extras]) | (
-        live_before(call_reads(guide), []) if isinstance(guide, Guidance) else set()
-    )
+    predict_live = live_before(head, [noise, *extras])
     read = {n for each in whole for n in uses(each)}
     inputs = [n for n in ordered(top | loop_names, whole) if n in predict_live]
     reads = {n for each in step for n in uses(each)}
@@ -159,8 +157,11 @@ def step_noise(analysis: Analysis) -> str | None:
             value = arg.value
     guide = analysis.guidance
     if isinstance(guide, Guidance):
-        return guide.positive.result
-    return value.value if isinstance(value, cst.Name) else None
+        return guide.result
+    if isinstance(value, cst.Name):
+        return value.value
+    made = uses(value) & writes([*analysis.regions.predict, *analysis.regions.guide])
+    return next(iter(made)) if len(made) == 1 else None
 
 
 def initialise(

@@ -1,8 +1,10 @@
 """Facts about a Diffusers pipeline: components, regions of `__call__`, guidance, liveness. One analysis per file."""
 
 from porter.facts.pipeline.call_state import CallState, call_state
+from porter.facts.pipeline.combination import Combination
 from porter.facts.pipeline.components import Component, components
-from porter.facts.pipeline.guidance import Branch, Combination, Guidance, guidance
+from porter.facts.pipeline.denoiser_call import Branch
+from porter.facts.pipeline.guidance import Guidance, guidance
 from porter.facts.pipeline.members import Members, members
 from porter.facts.pipeline.regions import Loop, Regions, regions
 from porter.facts.pipeline.stages import Stages, stages
