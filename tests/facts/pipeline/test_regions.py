@@ -55,19 +55,19 @@ def test_a_loop_inside_a_loop_is_not_cut() -> None:
 
 
 def test_textbook_guidance_has_a_scale() -> None:
-    found = guidance(known(LOOP), ["net"], lambda _: [])
+    found = guidance(known(LOOP), ["net"], lambda _: [], {})
     assert not isinstance(found, Unknown)
     assert found.combination is not None and found.combination.textbook and not found.combination.normalize
 
 
 def test_positive_minus_negative_the_other_way_round_is_not_textbook() -> None:
-    found = guidance(known(LOOP.replace("(p - n)", "(n - p)")), ["net"], lambda _: [])
+    found = guidance(known(LOOP.replace("(p - n)", "(n - p)")), ["net"], lambda _: [], {})
     assert not isinstance(found, Unknown)
     assert found.combination is not None and not found.combination.textbook
 
 
 def test_a_second_call_that_reads_the_first_result_is_not_split() -> None:
-    found = guidance(known(LOOP.replace("    n = self", "    v = p * 2\n        n = self")), ["net"], lambda _: [])
+    found = guidance(known(LOOP.replace("    n = self", "    v = p * 2\n        n = self")), ["net"], lambda _: [], {})
     assert isinstance(found, Unknown)
 
 
@@ -75,7 +75,7 @@ def test_a_denoiser_chosen_per_step_is_found_through_its_local() -> None:
     text = LOOP.replace("    p = self.net", "    model = self.net if t > 1 else self.other\n    p = model").replace(
         "n = self.net", "n = model"
     )
-    found = guidance(known(text), ["net", "other"], lambda _: [])
+    found = guidance(known(text), ["net", "other"], lambda _: [], {})
     assert not isinstance(found, Unknown)
     assert isinstance(found.positive.callee, cst.Name)
 

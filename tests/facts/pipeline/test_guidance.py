@@ -1,0 +1,162 @@
+"""Guidance idioms come apart into branches, or are refused with a reason."""
+
+from __future__ import annotations
+
+import libcst as cst
+import pytest
+
+from porter.facts.pipeline import Guidance, guidance, regions
+from porter.facts.pipeline.regions import Regions
+from porter.model import Unknown
+from porter.source.tree import code, statement
+
+BATCHED = """
+guided = scale > 1
+if guided:
+    text = torch·cat([negative_text, text], dim=0)
+text = text.to(device)
+for i, t in enumerate(timesteps):
+    both = torch·cat([latents] * 2) if guided else latents
+    u = t.expand(both.shape[0])
+    p = self.net(x=both, t=u, text=text)[0]
+    if guided:
+        a, b = p.chunk(2)
+        p = a + scale * (b - a)
+    latents = self.scheduler.step(p, t, latents)[0]
+image = decode(latents)
+"""
+
+
+def found(text: str, **helpers: str) -> Guidance | Unknown:
+    cut = regions(list(cst.parse_module(text).body), ["net"])
+    assert isinstance(cut, Regions)
+    functions = {n: cst.ensure_type(statement(h), cst.FunctionDef) for n, h in helpers.items()}
+    return guidance(cut, ["net"], lambda _: [], functions)
+
+
+def known(text: str, **helpers: str) -> Guidance:
+    result = found(text, **helpers)
+    assert isinstance(result, Guidance), result
+    return result
+
+
+def texts(statements) -> list[str]:
+    return [cst.Module(body=[s]).code.strip() for s in statements]
+
+
+def test_a_batched_call_is_two_branches_with_the_formula_of_the_engine() -> None:
+    guide = known(BATCHED)
+    assert guide.negative is not None and guide.combination is not None and guide.combination.textbook
+    assert code(guide.negative.arguments["text"]) == "negative_text"
+    assert code(guide.negative.arguments["x"]) == code(guide.positive.arguments["x"]) == "both"
+    assert "both = latents" in texts(guide.before)
+    assert texts(guide.before_negative) == ["negative_text, text = text.chunk(2)"]
+
+
+def test_the_formula_says_which_half_is_conditional() -> None:
+    guide = known(BATCHED.replace("a + scale * (b - a)", "b + scale * (a - b)"))
+    assert texts(guide.before_negative) == ["text, negative_text = text.chunk(2)"]
+
+
+def test_an_axis_of_the_concatenation_is_the_axis_of_the_cut() -> None:
+    guide = known(BATCHED.replace("dim=0)", "dim=1)"))
+    assert texts(guide.before_negative) == ["negative_text, text = text.chunk(2, dim=1)"]
+
+
+def test_what_is_done_to_the_prediction_before_guidance_each_branch_does() -> None:
+    guide = known(BATCHED.replace("    if guided:\n        a,", "    p = p.float()\n    if guided:\n        a,"))
+    assert texts(guide.process) == ["p = p.float()"]
+
+
+def test_a_statement_on_a_doubled_variable_belongs_to_each_branch() -> None:
+    guide = known(
+        BATCHED.replace("    p = self.net", "    masked = text * 2.5\n    p = self.net").replace(
+            "text=text", "text=masked"
+        )
+    )
+    assert texts(guide.prepare) == ["masked = text * 2.5"]
+    assert set(guide.positive.arguments) == {"text", "both", "u"}
+
+
+def test_a_later_rescale_that_reads_a_branch_is_part_of_the_combination() -> None:
+    rescale = "    if guided and phi > 0.0:\n        p = rescale(p, b, phi)\n    latents = self.scheduler"
+    guide = known(BATCHED.replace("    latents = self.scheduler", rescale))
+    assert guide.combination is not None and not guide.combination.textbook
+    assert guide.combination.reads == ("phi", "rescale", "scale")
+    assert "guided" not in texts(guide.combination.statements)[-1].split("\n")[0]
+
+
+def test_two_cases_that_differ_by_a_repetition_are_one_case() -> None:
+    cases = "    if guided:\n        both = torch·cat([latents, latents], dim=0)\n        u = f(t).repeat(2)\n"
+    cases += "    else:\n        both = latents\n        u = f(t)\n"
+    start, end = BATCHED.index("    both ="), BATCHED.index("    p = self")
+    guide = known(BATCHED[:start] + cases + BATCHED[end:])
+    assert texts(guide.before) == ["both = latents", "u = f(t)"]
+
+
+def test_a_helper_that_concatenates_under_its_own_flag_is_followed() -> None:
+    helper = "def both(self, x, guide):\n    if guide:\n        x = torch·cat([x] * 2)\n    return x\n"
+    text = BATCHED.replace("for i", "mask = self.both(mask, guide=guided)\nfor i", 1).replace(
+        "text=text", "text=text, m=mask"
+    )
+    guide = known(text, both=helper)
+    assert "negative_mask, mask = mask.chunk(2)" in texts(guide.before_negative)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("text = text.to(device)", "text = shuffle(text)"),
+        ("torch·cat([latents] * 2) if guided", "noisy(latents) if guided"),
+        ("    latents = self.scheduler", "    p = p + b\n    latents = self.scheduler"),
+    ],
+)
+def test_what_is_not_followed_is_not_split(old: str, new: str) -> None:
+    assert isinstance(found(BATCHED.replace(old, new)), Unknown)
+
+
+def test_a_concatenation_without_guidance_is_no_doubling() -> None:
+    guide = known(
+        BATCHED.replace("for i", "more = torch·cat([left, right])\nfor i", 1).replace("text=text", "text=text, m=more")
+    )
+    assert guide.negative is not None
+    assert code(guide.negative.arguments["m"]) == "more"
+
+
+TWO = """
+for t in timesteps:
+    c = self.net(x=latents, text=text)[0]
+    if guided:
+        u = self.net(x=latents, text=negative)[0]
+        p = u + scale * (c - u)
+    else:
+        p = c
+    latents = self.scheduler.step(p, t, latents)[0]
+"""
+
+
+def test_a_prediction_stored_under_its_own_name_on_both_paths() -> None:
+    guide = known(TWO)
+    assert (guide.result, guide.positive.result) == ("p", "c")
+
+
+def test_an_unguided_path_that_does_something_else_is_not_split() -> None:
+    assert isinstance(found(TWO.replace("p = c", "p = c * 2")), Unknown)
+
+
+def test_both_predictions_processed_alike() -> None:
+    text = TWO.replace("    if guided", "    c = k * c.float()\n    if guided").replace(
+        "        p = u", "        u = k * u.float()\n        p = u"
+    )
+    assert texts(known(text).process) == ["c = k * c.float()"]
+    assert isinstance(found(text.replace("u = k * u", "u = 2 * u")), Unknown)
+
+
+def test_two_calls_on_every_step_need_no_condition() -> None:
+    text = "for t in timesteps:\n    c = self.net(x=latents)[0]\n    u = self.other(x=latents)[0]\n    p = w * c + (1 - w) * u\n"
+    text += "    latents = self.scheduler.step(-p, t, latents)[0]\n"
+    cut = regions(list(cst.parse_module(text).body), ["net", "other"])
+    assert isinstance(cut, Regions)
+    guide = guidance(cut, ["net", "other"], lambda _: [], {})
+    assert isinstance(guide, Guidance) and guide.negative is not None
+    assert (code(guide.condition), code(guide.negative.callee)) == ("True", "self.other")  # type: ignore[arg-type]
