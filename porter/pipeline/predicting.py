@@ -103,7 +103,7 @@ def _predict_noise(guide: Guidance, given: bool) -> list[cst.BaseStatement]:
     if guide.prepare and guide.call is not None:
         inner = [*guide.prepare, guide.call, *guide.process, returns(cst.Name(guide.output))]
         text = f"def predict_noise(self, {', '.join(guide.positive.arguments)}):\n" + _DOC
-        return [_method(text, [_without_refused(s) for s in inner])]
+        return [_method(text, [without_refused(s) for s in inner])]
     name = code(callee) if isinstance(callee, cst.Name) else "denoiser" if given else code(callee)
     if not guide.process and name == "self.transformer":
         return []

@@ -153,7 +153,8 @@ def test_both_predictions_processed_alike() -> None:
 
 
 def test_two_calls_on_every_step_need_no_condition() -> None:
-    text = "for t in timesteps:\n    c = self.net(x=latents)[0]\n    u = self.other(x=latents)[0]\n    p = w * c + (1 - w) * u\n"
+    text = "for t in timesteps:\n    c = self.net(x=latents)[0]\n    u = self.other(x=latents)[0]\n"
+    text += "    p = w * c + (1 - w) * u\n"
     text += "    latents = self.scheduler.step(-p, t, latents)[0]\n"
     cut = regions(list(cst.parse_module(text).body), ["net", "other"])
     assert isinstance(cut, Regions)
