@@ -85,7 +85,7 @@ def test_another_formula_overrides_the_combination(studio: Studio) -> None:
     assert "noise = noise + (true_cfg_scale - 1) * (noise - negative_noise)" in code
 
 
-def test_batched_guidance_is_kept_as_it_is_and_said_so(studio: Studio) -> None:
+def test_batched_guidance_without_doubled_inputs_is_kept_as_it_is_and_said_so(studio: Studio) -> None:
     start = CALL.index("                if self.do_classifier_free_guidance:\n                    with")
     end = CALL.index("                # compute the previous")
     guide = """                if self.do_classifier_free_guidance:

@@ -59,6 +59,8 @@ def batched_guidance(regions: Regions, positive: Branch, helpers: Mapping[str, c
         if isinstance(value, Unknown):
             return Unknown(f"{name} holds both branches: {value.reason}")
     two = frozenset(shared) | frozenset(loop.parts)
+    if not two and _same_statements(loop.statements, regions.predict[:-1]):
+        return Unknown("batched guidance, but nothing that the denoiser reads is doubled")
     before, prepare = _separate(loop.statements, two)
     first = _first_is_negative(guided, positive.result, [*regions.encode, *regions.predict])
     if first is None:
@@ -100,6 +102,10 @@ def _guided(statements: Sequence[cst.BaseStatement], result: str) -> int | None:
         if isinstance(each, cst.If) and result in uses(each) and (result in writes([each]) or each.orelse is not None):
             return index
     return None
+
+
+def _same_statements(one: Sequence[cst.BaseStatement], other: Sequence[cst.BaseStatement]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _splits_rows(node: cst.BaseStatement) -> bool:
