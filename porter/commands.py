@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import gc
 import json
 import sys
 from collections import Counter
@@ -268,8 +267,6 @@ def _conversion(names: Iterable[str], source: Path | None, rules: Path | None, e
     """One conversion. Names are sorted, so that the files do not depend on the order in which they were given."""
     from porter.convert import convert as run
 
-    # Trees and facts live until the port is printed: looking for cycles among them is a sixth of the time.
-    gc.set_threshold(100_000, 10, 10)
     ordered = sorted({n.removeprefix("diffusers.") for n in names})
     return run(ordered, source, rules, evidence)
 

@@ -5,8 +5,10 @@ Reads text only. Neither torch nor diffusers nor the engine is imported, and no 
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +44,26 @@ def convert(
     names: Sequence[str], source: Path | None = None, rules_dir: Path | None = None, evidence: Path | None = None
 ) -> Conversion:
     """Port pipelines (or denoisers alone) given by class name. Raises PorterError when nothing can be converted."""
-    library = open_library(source)
-    rules = load_rules(rules_dir or resources.RULES)
-    policy = load_policy(resources.RULES)
-    run = _Conversion(library, rules, policy)
-    for name in names:
-        run.add(find_target(library, name), alone=len(names) == 1)
-    return run.finish(evidence)
+    with _no_search_for_cycles():
+        library = open_library(source)
+        rules = load_rules(rules_dir or resources.RULES)
+        policy = load_policy(resources.RULES)
+        run = _Conversion(library, rules, policy)
+        for name in names:
+            run.add(find_target(library, name), alone=len(names) == 1)
+        return run.finish(evidence)
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Trees and facts live until the port is printed, and trees hold no cycles: searching them costs a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def all_names(source: Path | None = None) -> list[str]:
@@ -119,7 +134,7 @@ class _Conversion:
             )
         finished = linemap.finish(marked)
         files = {name: f.text for name, f in finished.items()}
-        self.diagnostics += check_files(files)
+        self.diagnostics += check_files({name: f.tree for name, f in finished.items()})
         entries = self._entries(files, evidence)
         for folder in sorted({p.folder for p in self.transformers.values()}):
             files[f"{folder}/__init__.py"] = self._init(folder, entries)

@@ -13,14 +13,14 @@ LEFTOVERS = frozenset({"dispatch_attention_fn", "register_to_config", "set_attn_
                        "maybe_free_model_hooks", "scaled_dot_product_attention"})  # fmt: skip
 
 
-def check_files(files: Mapping[str, str]) -> list[Diagnostic]:
-    """Findings over all files of a conversion."""
-    return [d for name, text in files.items() for d in _check(name, text)]
+def check_files(files: Mapping[str, str | ast.Module]) -> list[Diagnostic]:
+    """Findings over all files of a conversion, given as texts or as Python's trees of them."""
+    return [d for name, file in files.items() for d in _check(name, file)]
 
 
-def _check(name: str, text: str) -> list[Diagnostic]:
+def _check(name: str, file: str | ast.Module) -> list[Diagnostic]:
     try:
-        module = ast.parse(text)
+        module = ast.parse(file) if isinstance(file, str) else file
     except SyntaxError as error:
         return [Diagnostic("PORT601", f"{name} does not parse: {error.msg}", Span(name, error.lineno or 1))]
     found = [
@@ -37,7 +37,7 @@ def unbound(module: ast.Module) -> list[tuple[str, int]]:
     """(name, line) of names read that no scope binds."""
     found: list[tuple[str, int]] = []
     _scope(module.body, frozenset(dir(builtins)) | {"__name__", "__file__", "__class__"}, found, class_scope=False)
-    return sorted(set(found), key=lambda item: item[1])
+    return sorted(set(found), key=lambda item: (item[1], item[0]))
 
 
 def _scope(body: list[ast.stmt], outer: frozenset[str], found: list[tuple[str, int]], class_scope: bool) -> None:

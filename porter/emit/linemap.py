@@ -69,10 +69,11 @@ class LineMap:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A generated file as it is written, and its line map."""
+    """A generated file as it is written, its line map, and Python's tree of it."""
 
     text: str
     lines: LineMap
+    tree: ast.Module
 
 
 def finish(marked: Mapping[str, str], templates: Mapping[str, str] | None = None) -> dict[str, Finished]:
@@ -85,13 +86,12 @@ def finish(marked: Mapping[str, str], templates: Mapping[str, str] | None = None
     stripped = {name: strip(text) for name, text in marked.items()}
     trees = {name: _parse(name, text) for name, text in marked.items()}
     formatted = format_files(stripped)
-    return {
-        name: Finished(
-            formatted[name],
-            _line_map(name, marked[name], trees[name], formatted[name], (templates or {}).get(name, name)),
-        )
-        for name in marked
-    }
+    finished: dict[str, Finished] = {}
+    for name, text in formatted.items():
+        tree = ast.parse(text)
+        lines = _line_map(name, marked[name], trees[name], text, tree, (templates or {}).get(name, name))
+        finished[name] = Finished(text, lines, tree)
+    return finished
 
 
 def _parse(name: str, text: str) -> ast.Module:
@@ -186,9 +186,11 @@ def marks(text: str, tree: ast.Module) -> list[Mark | None]:
     return result
 
 
-def _line_map(name: str, marked: str, tree: ast.Module, formatted: str, template: str) -> LineMap:
+def _line_map(
+    name: str, marked: str, tree: ast.Module, formatted: str, formatted_tree: ast.Module, template: str
+) -> LineMap:
     old = marks(marked, tree)
-    new = list(statements(ast.parse(formatted)))
+    new = list(statements(formatted_tree))
     kinds = [type(n) for n, _ in statements(tree)]
     if kinds != [type(n) for n, _ in new]:
         raise PorterError(Diagnostic("PORT606", f"{name}: formatting changed the statements", Span(name, 1)))

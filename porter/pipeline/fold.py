@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import ge, gt, le, lt
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import libcst as cst
 
 from porter.source.names import qualified
-from porter.source.tree import body, find, walk, with_body
+from porter.source.tree import body, expression, find, transform, with_body
 
 Node = TypeVar("Node", bound=cst.CSTNode)
 
@@ -137,38 +137,34 @@ def _is_instance(value: object, wanted: cst.BaseExpression) -> object:
     return value is not PRESENT and isinstance(value, tuple(c for c in classes if c is not None))
 
 
-class _Simplify(cst.CSTTransformer):
-    """Folds expressions inside one statement."""
+def _simplified(node: Node, known: Knowledge) -> Node:
+    """The expression or simple statement with what is decided folded."""
 
-    def __init__(self, known: Knowledge) -> None:
-        super().__init__()
-        self.known = known
-
-    def leave_IfExp(self, original: cst.IfExp, updated: cst.IfExp) -> cst.BaseExpression:
-        test = truth(updated.test, self.known)
+    def choice(original: cst.IfExp, updated: cst.IfExp) -> cst.BaseExpression:
+        test = truth(updated.test, known)
         if test is None:
             return updated
         return updated.body if test else updated.orelse
 
-    def leave_BooleanOperation(
-        self, original: cst.BooleanOperation, updated: cst.BooleanOperation
-    ) -> cst.BaseExpression:
+    def operation(original: cst.BooleanOperation, updated: cst.BooleanOperation) -> cst.BaseExpression:
         both = isinstance(updated.operator, cst.And)
-        left = truth(updated.left, self.known)
+        left = truth(updated.left, known)
         if left is not None:
             return updated.right if left is both else updated.left
-        right = value_of(updated.right, self.known)
+        right = value_of(updated.right, known)
         if isinstance(right, bool) and right is both:
             return updated.left
         return updated
 
-    def leave_Arg(self, original: cst.Arg, updated: cst.Arg) -> cst.Arg:
+    def argument(original: cst.Arg, updated: cst.Arg) -> cst.Arg:
         value = updated.value
-        if isinstance(value, cst.Name) and value.value in self.known.local and not updated.star:
-            constant = self.known.local[value.value]
+        if isinstance(value, cst.Name) and value.value in known.local and not updated.star:
+            constant = known.local[value.value]
             if isinstance(constant, (bool, int, str, type(None))):
-                return updated.with_changes(value=cst.parse_expression(repr(constant)))
+                return updated.with_changes(value=expression(repr(constant)))
         return updated
+
+    return transform(node, {cst.IfExp: choice, cst.BooleanOperation: operation, cst.Arg: argument})
 
 
 def fold(statements: Sequence[cst.BaseStatement], known: Knowledge) -> list[cst.BaseStatement]:
@@ -201,17 +197,6 @@ def _fold_one(statement: cst.BaseStatement, known: Knowledge) -> list[cst.BaseSt
 def unchanged(before: Sequence[object], after: Sequence[object]) -> bool:
     """Whether two lists hold the very same objects."""
     return len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
-
-
-def _simplified(node: Node, known: Knowledge) -> Node:
-    """Visiting a LibCST tree is slow and copies it, so look first whether anything in it could fold."""
-    for each in walk(node):
-        if isinstance(each, (cst.IfExp, cst.BooleanOperation)) or (
-            isinstance(each, cst.Arg) and isinstance(each.value, cst.Name) and each.value.value in known.local
-        ):
-            new = node.visit(_Simplify(known))
-            return node if new.deep_equals(node) else cast(Node, new)  # type: ignore[union-attr]
-    return node
 
 
 def _fold_if(node: cst.If, known: Knowledge) -> list[cst.BaseStatement]:

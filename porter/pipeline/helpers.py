@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import libcst as cst
 
@@ -15,7 +15,7 @@ from porter.pipeline.fold import UNKNOWN, Knowledge, unchanged, value_of
 from porter.pipeline.prune import settle
 from porter.source.library import Library
 from porter.source.names import qualified
-from porter.source.tree import body, code, find, parameters, self_attribute, strip_docstring, with_body
+from porter.source.tree import body, code, find, parameters, self_attribute, strip_docstring, transform, with_body
 
 Node = TypeVar("Node", bound=cst.CSTNode)
 
@@ -50,10 +50,13 @@ def helper_methods(
         if wanted == pins:
             break
         pins = wanted
-    drop = _DropArguments({n: (h.node, dict(h.pinned)) for n, h in found.items() if h.pinned}, members)
-    order = list(dict.fromkeys(members.names()))
-    helpers = [replace(found[n], node=_shorten(drop.on(found[n].node), pins.get(n, {}))) for n in order if n in found]
-    return [drop.on(r) for r in roots], helpers
+    pinned = {name: helper for name, helper in found.items() if helper.pinned}
+    helpers = [
+        replace(found[n], node=_shorten(_without_arguments(found[n].node, pinned), pins.get(n, {})))
+        for n in dict.fromkeys(members.names())
+        if n in found
+    ]
+    return [_without_arguments(r, pinned) for r in roots], helpers
 
 
 def _reach(
@@ -145,23 +148,14 @@ def _shorten(node: cst.FunctionDef, pins: Mapping[str, object]) -> cst.FunctionD
     return node.with_changes(params=p.with_changes(params=keep(p.params), kwonly_params=keep(p.kwonly_params)))
 
 
-class _DropArguments(cst.CSTTransformer):
-    """Removes arguments of parameters that are gone."""
+def _without_arguments(node: Node, pinned: Mapping[str, Helper]) -> Node:
+    """The node with calls of helpers that do not name parameters which are gone."""
 
-    def __init__(self, pinned: Mapping[str, tuple[cst.FunctionDef, Mapping[str, object]]], members: Members) -> None:
-        super().__init__()
-        self.pinned = pinned
-        self.members = members
-
-    def on(self, node: Node) -> Node:
-        """The node, visited only if it holds such a call."""
-        return cast(Node, node.visit(self)) if self.pinned.keys() & self_reads(node) else node
-
-    def leave_Call(self, original: cst.Call, updated: cst.Call) -> cst.Call:
+    def shortened(original: cst.Call, updated: cst.Call) -> cst.Call:
         name = self_attribute(original.func) or ""
-        if name not in self.pinned:
+        if name not in pinned:
             return updated
-        node, pins = self.pinned[name]
+        node, pins = pinned[name].node, dict(pinned[name].pinned)
         names = [p.name.value for p in parameters(node)][0 if _is_static(node) else 1 :]
         args = [
             arg
@@ -169,6 +163,8 @@ class _DropArguments(cst.CSTTransformer):
             if (arg.keyword.value if arg.keyword else names[position] if position < len(names) else "") not in pins
         ]
         return updated.with_changes(args=args)
+
+    return transform(node, {cst.Call: shortened}) if pinned.keys() & self_reads(node) else node
 
 
 def module_definitions(library: Library, members: Members, nodes: Sequence[cst.CSTNode]) -> tuple[Definition, ...]:

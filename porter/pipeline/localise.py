@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar
 
 import libcst as cst
 
@@ -12,7 +12,9 @@ from porter.facts.pipeline.call_state import CallState
 from porter.facts.pipeline.liveness import uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.source.marks import inherit
-from porter.source.tree import find, normal, self_attribute
+from porter.source.tree import find, same, self_attribute, transform
+
+Node = TypeVar("Node", bound=cst.CSTNode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +50,18 @@ def localise(
         for p, v in state.properties.items()
         if p not in plain and self_reads(v) & set(state.attributes) <= set(names) and p not in read_elsewhere
     }
-    rewriter = _Rewrite(names, {p: names[self_attribute(v) or ""] for p, v in plain.items()}, set(computed))
+    locals_ = {**names, **{p: names[self_attribute(v) or ""] for p, v in plain.items()}, **{c: c for c in computed}}
     out: list[cst.BaseStatement] = []
     pending = {p: self_reads(v) & set(state.attributes) for p, v in computed.items() if _read(statements, p)}
     seen: set[str] = set()
     for statement in statements:
-        concerned = bool(self_reads(statement) & rewriter.names.keys())
-        new = cast(cst.BaseStatement, statement.visit(rewriter)) if concerned else statement
+        new = _renamed(statement, locals_)
         if not is_self_assignment(new):
             out.append(new)
         seen |= _assigned(statement)
         for name in [p for p, needs in pending.items() if needs <= seen]:
-            value = cast(cst.BaseExpression, computed[name].visit(rewriter))
-            out.append(inherit(_assignment(name, value), statement, "call-state-to-locals"))
+            value = _assignment(name, _renamed(computed[name], locals_))
+            out.append(inherit(value, statement, "call-state-to-locals"))
             del pending[name]
     return Localised(tuple(out), frozenset(kept))
 
@@ -107,18 +108,18 @@ def is_self_assignment(statement: cst.BaseStatement) -> bool:
     if not isinstance(statement, cst.SimpleStatementLine) or not isinstance(statement.body[0], cst.Assign):
         return False
     assign = statement.body[0]
-    return len(assign.targets) == 1 and normal(assign.targets[0].target) == normal(assign.value)
+    return len(assign.targets) == 1 and same(assign.targets[0].target, assign.value)
 
 
 def _assignment(name: str, value: cst.BaseExpression) -> cst.SimpleStatementLine:
     return cst.SimpleStatementLine([cst.Assign([cst.AssignTarget(cst.Name(name))], value)])
 
 
-class _Rewrite(cst.CSTTransformer):
-    def __init__(self, attributes: dict[str, str], properties: dict[str, str], computed: set[str]) -> None:
-        super().__init__()
-        self.names = {**attributes, **properties, **{c: c for c in computed}}
+def _renamed(node: Node, names: Mapping[str, str]) -> Node:
+    """The node with locals for the attributes of `self` that `names` lists."""
 
-    def leave_Attribute(self, original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
-        name = self_attribute(original)
-        return cst.Name(self.names[name]) if name in self.names else updated
+    def local(original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
+        name = names.get(self_attribute(original) or "")
+        return updated if name is None else cst.Name(name)
+
+    return transform(node, {cst.Attribute: local})

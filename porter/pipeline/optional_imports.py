@@ -11,7 +11,7 @@ from porter.facts.pipeline import Members
 from porter.model import Definition
 from porter.source.library import Library
 from porter.source.names import DOT
-from porter.source.tree import find, statement
+from porter.source.tree import find, statement, transform
 
 
 def optional_packages(library: Library, members: Members) -> frozenset[str]:
@@ -19,7 +19,7 @@ def optional_packages(library: Library, members: Members) -> frozenset[str]:
     found: set[str] = set()
     for definition in members.classes:
         module = library.module(definition.module)
-        for node in ast.parse(module.text).body if module is not None else ():
+        for node in module.blocks if module is not None else ():
             if not isinstance(node, ast.If) or "_available" not in ast.unparse(node.test):
                 continue
             for inner in node.body:
@@ -34,29 +34,18 @@ def import_where_used(definition: Definition, packages: Collection[str]) -> Defi
     """The definition with an import ahead of each statement that needs one of the packages."""
     if not any(_needs(n, packages) for n in find(definition.node, cst.Name)):
         return definition
-    node = definition.node.visit(_LocalImports(packages))
-    assert isinstance(node, cst.CSTNode)
-    return definition.with_node(node)
+
+    def name(original: cst.Name, updated: cst.Name) -> cst.Name:
+        return cst.Name(updated.value.rpartition(DOT)[2]) if _needs(updated, packages) else updated
+
+    def line(original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine) -> object:
+        names = sorted({n.value for n in find(original, cst.Name) if _needs(n, packages)})
+        parts = [n.rpartition(DOT) for n in names]
+        imports = [statement(f"from {module.replace(DOT, '.')} import {last}") for module, _, last in parts]
+        return cst.FlattenSentinel([*imports, updated]) if imports else updated
+
+    return definition.with_node(transform(definition.node, {cst.Name: name, cst.SimpleStatementLine: line}))
 
 
 def _needs(name: cst.Name, packages: Collection[str]) -> bool:
     return DOT in name.value and name.value.split(DOT, 1)[0] in packages
-
-
-class _LocalImports(cst.CSTTransformer):
-    def __init__(self, packages: Collection[str]) -> None:
-        super().__init__()
-        self.packages = packages
-
-    def leave_Name(self, original: cst.Name, updated: cst.Name) -> cst.Name:
-        return cst.Name(updated.value.rpartition(DOT)[2]) if _needs(updated, self.packages) else updated
-
-    def leave_SimpleStatementLine(  # noqa: ANN202
-        self, original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine
-    ):
-        names = sorted({n.value for n in find(original, cst.Name) if _needs(n, self.packages)})
-        if not names:
-            return updated
-        parts = [n.rpartition(DOT) for n in names]
-        imports = [statement(f"from {module.replace(DOT, '.')} import {last}") for module, _, last in parts]
-        return cst.FlattenSentinel([*imports, updated])

@@ -12,7 +12,7 @@ from porter.facts.pipeline.liveness import live_before, uses, writes
 from porter.pipeline.analysis import Analysis
 from porter.source.marks import Mark, inherit, mark_of
 from porter.source.names import DOT
-from porter.source.tree import code, expression, same, statement, substitute
+from porter.source.tree import code, expression, same, statement, substitute, transform
 
 RULE = "split-guidance"
 _DOC = '    """The prediction of one guidance branch."""\n'
@@ -209,19 +209,18 @@ def _assign(name: str, value: cst.BaseExpression) -> cst.SimpleStatementLine:
     return cst.SimpleStatementLine([cst.Assign([cst.AssignTarget(cst.Name(name))], value)])
 
 
-class _Refused(cst.CSTTransformer):
-    def leave_Call(self, original: cst.Call, updated: cst.Call) -> cst.Call:
-        kept = [
-            a
-            for a in updated.args
-            if a.keyword is None or a.keyword.value not in REFUSED_ARGUMENTS - {"return_dict"} or a.star
-        ]
-        return updated.with_changes(args=kept) if len(kept) != len(updated.args) else updated
-
-
 def without_refused(node: cst.BaseStatement) -> cst.BaseStatement:
     """The statement with calls that pass no argument a port's denoiser does not take."""
-    return node.visit(_Refused())  # type: ignore[return-value]
+    return transform(node, {cst.Call: _call_without_refused})
+
+
+def _call_without_refused(original: cst.Call, updated: cst.Call) -> cst.Call:
+    kept = [
+        a
+        for a in updated.args
+        if a.keyword is None or a.keyword.value not in REFUSED_ARGUMENTS - {"return_dict"} or a.star
+    ]
+    return updated.with_changes(args=kept) if len(kept) != len(updated.args) else updated
 
 
 def returns(value: cst.BaseExpression) -> cst.SimpleStatementLine:

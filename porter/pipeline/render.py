@@ -47,9 +47,13 @@ def render(
     """The statements of a rendered template, absolute, with the slots filled."""
     text = render_text(template, root, **values)
     module = _absolutise(cst.parse_module(text), root)
-    filled = module.visit(_Slots(slots))
-    assert isinstance(filled, cst.Module)
-    return [s for s in filled.body if isinstance(s, cst.BaseStatement)]
+    edits: list[tuple[cst.CSTNode, object]] = []
+    for line in find(module, cst.SimpleStatementLine):
+        name = _slot(line)
+        if name is not None:
+            nodes = list(slots[name])
+            edits.append((line, cst.FlattenSentinel(nodes) if nodes else cst.RemoveFromParent()))
+    return [s for s in replace_nodes(module, edits).body if isinstance(s, cst.BaseStatement)]
 
 
 def _absolutise(module: cst.Module, root: Path) -> cst.Module:
@@ -106,21 +110,10 @@ def _is_module_path(path: str) -> bool:
     return path.split(".")[0] in modules | {"np", "nn"}
 
 
-class _Slots(cst.CSTTransformer):
-    def __init__(self, slots: Mapping[str, Sequence[cst.CSTNode]]) -> None:
-        super().__init__()
-        self.slots = slots
-
-    def leave_SimpleStatementLine(  # noqa: ANN202 - LibCST's signature
-        self, original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine
-    ):
-        only = updated.body[0]
-        if not isinstance(only, cst.Expr) or not isinstance(only.value, cst.Name):
-            return updated
-        name = only.value.value
-        if not (name.startswith("__") and name.endswith("__")):
-            return updated
-        nodes = list(self.slots[name.strip("_")])
-        if not nodes:
-            return cst.RemoveFromParent()
-        return cst.FlattenSentinel(nodes)
+def _slot(line: cst.SimpleStatementLine) -> str | None:
+    """The name of the slot that a line `__name__` of a template is."""
+    only = line.body[0]
+    if not isinstance(only, cst.Expr) or not isinstance(only.value, cst.Name):
+        return None
+    name = only.value.value
+    return name.strip("_") if name.startswith("__") and name.endswith("__") else None

@@ -10,7 +10,7 @@ from porter.facts.pipeline import Guidance
 from porter.pipeline.analysis import Analysis
 from porter.pipeline.predicting import returns
 from porter.source.marks import inherit
-from porter.source.tree import code, same, self_attribute, statement
+from porter.source.tree import code, same, self_attribute, statement, transform
 
 
 def plain_step(
@@ -60,7 +60,7 @@ def step_code(
         statement(f"def step_latents(self, scheduler, {', '.join(given)}):\n    pass\n"), cst.FunctionDef
     )
     value = results[0] if len(results) == 1 else cst.Tuple([cst.Element(r) for r in results], lpar=[], rpar=[])
-    inner = [*(cst.ensure_type(s.visit(_Scheduler()), cst.BaseStatement) for s in step), returns(value)]
+    inner = [*(transform(s, {cst.Attribute: _given_scheduler}) for s in step), returns(value)]
     function = function.with_changes(body=cst.IndentedBlock(inner))
     arguments = ", ".join(f"{n}={n}" for n in given)
     call = statement(f"{', '.join(carried)} = self.step_latents(self.scheduler, {arguments})")
@@ -79,6 +79,5 @@ def step_code(
     return [call], [statement(s) for s in state_code], [function]
 
 
-class _Scheduler(cst.CSTTransformer):
-    def leave_Attribute(self, original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
-        return cst.Name("scheduler") if self_attribute(original) == "scheduler" else updated
+def _given_scheduler(original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
+    return cst.Name("scheduler") if self_attribute(original) == "scheduler" else updated

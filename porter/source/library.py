@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +21,7 @@ from porter.source.absolutise import Resolver, absolutise
 from porter.source.names import DOT
 
 PACKAGE = "diffusers"
+_VERSION = re.compile(r"""^__version__ *= *(["'])(?P<version>[^"']+)\1""", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class ModuleSource:
             ) from None
 
     @cached_property
-    def _blocks(self) -> list[ast.stmt]:
+    def blocks(self) -> list[ast.stmt]:
         """Import statements and module-level blocks, parsed."""
         wanted = [
             chunk
@@ -98,7 +100,7 @@ class ModuleSource:
                     else "FunctionDef"
                 )
                 found.setdefault(name, TopLevel(name, kind, chunk.first, chunk.start, chunk.last))
-        for node in _module_level(self._blocks):
+        for node in _module_level(self.blocks):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)):
                 for name in _names(node):
                     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
@@ -112,6 +114,14 @@ class ModuleSource:
         if name not in self._nodes:
             self._nodes[name] = self._parsed(name)
         return self._nodes[name]
+
+    def bases(self, name: str) -> list[ast.expr]:
+        """Base expressions of a top-level class; of large classes only the header is parsed."""
+        entry = self.definitions.get(name)
+        if entry is None or entry.kind != "ClassDef":
+            return []
+        node = self._nodes.get(name) or outline.header(self.lines, entry.line) or self.node(name)
+        return node.bases if isinstance(node, ast.ClassDef) else []
 
     def _parsed(self, name: str) -> ast.stmt | None:
         entry = self.definitions.get(name)
@@ -128,7 +138,7 @@ class ModuleSource:
     def imports(self) -> Mapping[str, str]:
         """Local name -> qualified name, for module-level imports (also under TYPE_CHECKING and availability guards)."""
         found: dict[str, str] = {}
-        for node in _module_level(self._blocks):
+        for node in _module_level(self.blocks):
             if isinstance(node, ast.Import):
                 for alias in node.names:
                     found[alias.asname or alias.name.split(".")[0]] = (
@@ -179,6 +189,8 @@ class Library:
     _modules: dict[str, ModuleSource | None] = field(default_factory=dict)
     _canonical: dict[str, str] = field(default_factory=dict)
     _definitions: dict[str, Definition] = field(default_factory=dict)
+    _bases: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    _ancestors: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def module(self, name: str) -> ModuleSource | None:
         """The module of that qualified name, or None if the library has no such file."""
@@ -235,17 +247,22 @@ class Library:
     def bases(self, name: str) -> tuple[str, ...]:
         """Qualified names of a class's bases; of another package as they are imported."""
         name = self.canonical(name)
-        parent, _, last = name.rpartition(".")
-        module = self.module(parent)
-        node = module.node(last) if module else None
-        if module is None or not isinstance(node, ast.ClassDef):
-            return ()
-        resolver = Resolver(module, self)
-        found = (resolver.chain(ast.unparse(base)) for base in node.bases)
-        return tuple(self.canonical(f.replace(DOT, ".")) for f in found if f)
+        if name not in self._bases:
+            parent, _, last = name.rpartition(".")
+            module = self.module(parent)
+            resolver = Resolver(module, self) if module else None
+            found = (resolver.chain(ast.unparse(base)) for base in module.bases(last)) if module and resolver else ()
+            self._bases[name] = tuple(self.canonical(f.replace(DOT, ".")) for f in found if f)
+        return self._bases[name]
 
     def ancestors(self, name: str) -> tuple[str, ...]:
         """All base classes, nearest first."""
+        name = self.canonical(name)
+        if name not in self._ancestors:
+            self._ancestors[name] = self._collected(name)
+        return self._ancestors[name]
+
+    def _collected(self, name: str) -> tuple[str, ...]:
         seen: dict[str, None] = {}
         pending = list(self.bases(name))
         while pending:
@@ -297,8 +314,7 @@ def open_library(source: Path | None = None) -> Library:
 
 
 def _version(root: Path) -> str:
-    for node in ast.parse((root / "__init__.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if node.targets[0].id == "__version__" and isinstance(node.value, ast.Constant):
-                return str(node.value.value)
+    found = _VERSION.search((root / "__init__.py").read_text(encoding="utf-8"))
+    if found:
+        return found["version"]
     raise PorterError(Diagnostic("PORT002", f"no __version__ in {root / '__init__.py'}"))

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 _DEFINES = re.compile(r"(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*(?::[^=]+)?=(?!=)")
+_HEADER_LINES = 40
 _BLOCK = re.compile(r"(?:if|else|elif|try|except|finally|for|with)\b")
 
 
@@ -91,11 +91,23 @@ def defined(line: str) -> str | None:
     return (found[1] or found[2]) if found else None
 
 
-def statements(lines: list[str], chunk: Chunk) -> Iterator[ast.stmt]:
+def statements(lines: list[str], chunk: Chunk) -> list[ast.stmt]:
     """Statements of a chunk, with line numbers of the file. Raises SyntaxError."""
-    text = "".join(lines[chunk.first - 1 : chunk.last])
-    for node in ast.parse(text).body:
-        yield ast.increment_lineno(node, chunk.first - 1)
+    above = "\n" * (chunk.first - 1)  # cheaper than counting up the numbers of all nodes
+    return ast.parse(above + "".join(lines[chunk.first - 1 : chunk.last])).body
+
+
+def header(lines: list[str], line: int) -> ast.stmt | None:
+    """The class or function that starts on `line` (from 1), without its body; None if its header is not found."""
+    text = ""
+    for each in lines[line - 1 : line - 1 + _HEADER_LINES]:
+        text += each
+        if each.rstrip().endswith(":"):
+            try:
+                return ast.parse(text + " ...").body[0]
+            except SyntaxError:
+                continue
+    return None
 
 
 def is_block(line: str) -> bool:

@@ -7,8 +7,9 @@ skips those and is several times faster.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
 
 import libcst as cst
@@ -17,7 +18,7 @@ Node = TypeVar("Node", bound=cst.CSTNode)
 
 _EMPTY = cst.Module([])
 _SKIPPED_FIELDS = frozenset({"lpar", "rpar", "comma", "lbracket", "rbracket", "leading_lines", "header", "footer",
-                             "trailing_whitespace", "lines_after_decorators", "semicolon", "equal"})  # fmt: skip
+                             "trailing_whitespace", "lines_after_decorators", "semicolon", "equal", "dot"})  # fmt: skip
 _LAYOUT = (
     cst.BaseParenthesizableWhitespace,
     cst.Comma,
@@ -26,6 +27,31 @@ _LAYOUT = (
     cst.Newline,
     cst.Comment,
 )
+_STATEMENTS = (
+    cst.BaseStatement,
+    cst.BaseSmallStatement,
+    cst.BaseSuite,
+    cst.AssignTarget,
+    cst.Else,
+    cst.ExceptHandler,
+    cst.Finally,
+)
+_EXPRESSIONS = (cst.BaseExpression, cst.Parameters, cst.Annotation, cst.Decorator, cst.Arg)
+"""What no statement lies below."""
+
+Key = TypeVar("Key")
+Found = TypeVar("Found")
+
+
+class _Table(dict[Key, Found]):
+    """Answers that depend on a class only, each found once. LibCST's classes have ABCMeta: asking them is dear."""
+
+    def __init__(self, answer: Callable[[Key], Found]) -> None:
+        self.answer = answer
+
+    def __missing__(self, key: Key) -> Found:
+        self[key] = found = self.answer(key)
+        return found
 
 
 def _find_code_fields(kind: Any) -> tuple[str, ...]:
@@ -37,56 +63,83 @@ def _find_code_fields(kind: Any) -> tuple[str, ...]:
     )
 
 
-code_fields: Callable[[Any], tuple[str, ...]] = cache(_find_code_fields)
+code_fields: Callable[[Any], tuple[str, ...]] = _Table(_find_code_fields).__getitem__
 
 
 def _find_is_code(kind: Any) -> bool:
-    """Whether values of a class are code nodes. LibCST's classes have ABCMeta: asking once per class is far cheaper."""
+    """Whether values of a class are code nodes."""
     return issubclass(kind, cst.CSTNode) and not issubclass(kind, _LAYOUT)
 
 
-_is_code: Callable[[Any], bool] = cache(_find_is_code)
+_is_code: _Table[type, bool] = _Table(_find_is_code)
+_may_hold_statements: _Table[type, bool] = _Table(lambda kind: _is_code[kind] and not issubclass(kind, _EXPRESSIONS))
 
 
-def _find_among(kind: Any, wanted: tuple[type, ...]) -> bool:
-    return issubclass(kind, wanted)
+def _find_reader(kind: Any) -> Callable[[Any], tuple[object, ...]] | None:
+    """A function from a node to the values of its fields that may hold nodes; None if it has no such field."""
+    names = [n for n in code_fields(kind) if kind.__dataclass_fields__[n].type is not str]
+    if not names:
+        return None
+    read = attrgetter(*names)
+    return read if len(names) > 1 else lambda node: (read(node),)
 
 
-_among: Callable[[Any, tuple[type, ...]], bool] = cache(_find_among)
+_reader: _Table[type, Callable[[Any], tuple[object, ...]] | None] = _Table(_find_reader)
 
 
 def children(node: cst.CSTNode) -> list[cst.CSTNode]:
     """Direct children that are code."""
     found: list[cst.CSTNode] = []
-    for name in code_fields(type(node)):
-        value = getattr(node, name)
+    read = _reader[type(node)]
+    for value in read(node) if read is not None else ():
         kind = type(value)
         if kind is tuple or kind is list:
-            for item in value:
-                if _is_code(type(item)):
-                    found.append(item)
-        elif _is_code(kind):
-            found.append(value)
+            found += [item for item in value if _is_code[type(item)]]  # type: ignore[attr-defined]
+        elif _is_code[kind]:
+            found.append(value)  # type: ignore[arg-type]
     return found
 
 
 def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
     """`node` and everything below it that is code, in source order (preorder)."""
-    stack = [node]
-    pop, extend = stack.pop, stack.extend
+    return _descend(node, _is_code)
+
+
+def _descend(node: cst.CSTNode, enters: Mapping[type, bool]) -> Iterator[Any]:
+    """`node` and what lies below it, as far as `enters` says yes to the classes on the way."""
+    stack: list[Any] = [node]
+    pop, push = stack.pop, stack.append
     while stack:
         top = pop()
         yield top
-        below = children(top)
-        below.reverse()
-        extend(below)
+        read = _reader[type(top)]
+        if read is None:
+            continue
+        for value in reversed(read(top)):
+            kind = type(value)
+            if kind is tuple or kind is list:
+                for item in reversed(value):  # type: ignore[call-overload]
+                    if enters[type(item)]:
+                        push(item)
+            elif enters[kind]:
+                push(value)
+
+
+def _find_matches(kinds: tuple[type, ...]) -> tuple[_Table[type, bool], _Table[type, bool]]:
+    """For wanted classes: which classes are among them, and which may hold some below."""
+    enters = _may_hold_statements if all(issubclass(k, _STATEMENTS) for k in kinds) else _is_code
+    return _Table(lambda kind: issubclass(kind, kinds)), enters
+
+
+_matches: _Table[tuple[type, ...], tuple[_Table[type, bool], _Table[type, bool]]] = _Table(_find_matches)
 
 
 def find(node: cst.CSTNode, *kinds: type[Node], where: Callable[[Node], bool] | None = None) -> Iterator[Node]:
     """Nodes of the given classes below `node`, in source order."""
-    for each in walk(node):
-        if _among(type(each), kinds) and (where is None or where(cast(Node, each))):
-            yield cast(Node, each)
+    wanted, enters = _matches[kinds]
+    for each in _descend(node, enters):
+        if wanted[type(each)] and (where is None or where(each)):
+            yield each
 
 
 def code(node: cst.CSTNode) -> str:
@@ -94,52 +147,83 @@ def code(node: cst.CSTNode) -> str:
     return _EMPTY.code_for_node(node)
 
 
+_VALUED = frozenset({cst.Name, cst.Integer, cst.Float, cst.Imaginary})
+_NOT_COMPARED = {cst.FormattedString: ("start", "end"), cst.IndentedBlock: ("indent",)}
+"""Which quotes were chosen, and how deep a block is indented."""
+
+_compared_fields: _Table[type, tuple[str, ...]] = _Table(
+    lambda kind: tuple(n for n in code_fields(kind) if n not in _NOT_COMPARED.get(kind, ()))
+)
+
+
 def normal(node: cst.CSTNode) -> str:
     """Text without layout, comments and outer parentheses; equal for nodes that mean the same."""
-    return "".join(_tokens(node))
+    out: list[str] = []
+    _write_normal(node, out.append)
+    return "".join(out)
 
 
-def _tokens(node: cst.CSTNode) -> Iterator[str]:
-    kind = type(node).__name__
-    if isinstance(node, (cst.Name, cst.Integer, cst.Float, cst.Imaginary)):
-        yield node.value + " "
+def _write_normal(node: Any, write: Callable[[str], None]) -> None:
+    kind = type(node)
+    if kind in _VALUED:
+        write(node.value + " ")
         return
-    if isinstance(node, cst.SimpleString):
-        yield repr(literal_value(node.value))
+    if kind is cst.SimpleString:
+        write(repr(literal_value(node.value)))
         return
-    yield kind + "("
-    for name in code_fields(type(node)):
-        if isinstance(node, cst.FormattedString) and name in ("start", "end"):
-            continue  # which quotes were chosen
+    write(kind.__name__ + "(")
+    for name in _compared_fields[kind]:
         value = getattr(node, name)
-        if isinstance(value, cst.CSTNode):
-            if not isinstance(value, _LAYOUT):
-                yield from _tokens(value)
-        elif isinstance(value, (list, tuple)):
-            yield "["
+        held = type(value)
+        if held is tuple or held is list:
+            write("[")
             for item in value:
-                yield from _tokens(item)
-                yield ","
-            yield "]"
-        elif isinstance(value, str) and not isinstance(node, (cst.IndentedBlock,)):
-            yield value.strip()
-        elif value is None:
-            yield "-"
-    yield ")"
+                _write_normal(item, write)
+                write(",")
+            write("]")
+        elif _is_code[held]:
+            _write_normal(value, write)
+        else:
+            write(_plain(value))
+    write(")")
+
+
+def _plain(value: object) -> str:
+    """A field that holds no node."""
+    return value.strip() if isinstance(value, str) else "-" if value is None else ""
 
 
 def same(left: cst.CSTNode | None, right: cst.CSTNode | None) -> bool:
-    """Whether two nodes are the same code, whatever their layout."""
-    if left is None or right is None:
-        return left is right
-    return left is right or (type(left) is type(right) and normal(left) == normal(right))
+    """Whether two nodes are the same code, whatever their layout: whether `normal` of them is equal."""
+    return left is right or _equal(left, right)
+
+
+def _equal(left: Any, right: Any) -> bool:
+    kind = type(left)
+    if kind is not type(right):
+        return False
+    if kind in _VALUED:
+        return bool(left.value == right.value)
+    if kind is cst.SimpleString:
+        return literal_value(left.value) == literal_value(right.value)
+    return all(_equal_field(getattr(left, name), getattr(right, name)) for name in _compared_fields[kind])
+
+
+def _equal_field(left: Any, right: Any) -> bool:
+    if left is right:
+        return True
+    if isinstance(left, (tuple, list)):
+        return len(left) == len(right) and all(a is b or _equal(a, b) for a, b in zip(left, right, strict=True))
+    if _is_code[type(left)] or _is_code[type(right)]:
+        return _equal(left, right)
+    return _plain(left) == _plain(right)
 
 
 def _find_all_fields(kind: Any) -> tuple[str, ...]:
     return tuple(n for n in kind.__dataclass_fields__ if not n.startswith("__"))
 
 
-_all_fields: Callable[[Any], tuple[str, ...]] = cache(_find_all_fields)
+_all_fields: _Table[type, tuple[str, ...]] = _Table(_find_all_fields)
 
 
 def clone(node: Node) -> Node:
@@ -147,13 +231,13 @@ def clone(node: Node) -> Node:
     kind = type(node)
     new = object.__new__(kind)
     code_names = code_fields(kind)
-    for name in _all_fields(kind):
+    for name in _all_fields[kind]:
         value = getattr(node, name)
         if name in code_names:
             held = type(value)
             if held is tuple or held is list:
-                value = held(clone(i) if _is_code(type(i)) else i for i in value)
-            elif _is_code(held):
+                value = held(clone(i) if _is_code[type(i)] else i for i in value)
+            elif _is_code[held]:
                 value = clone(value)
         object.__setattr__(new, name, value)
     return new
@@ -269,9 +353,41 @@ def _rebuilt(node: cst.CSTNode, planned: dict[int, object], touched: set[int]) -
 
 
 def _items_rebuilt(items: Sequence[cst.CSTNode], planned: dict[int, object], touched: set[int]) -> list[object]:
+    return _flattened(_rebuilt(item, planned, touched) if id(item) in touched else item for item in items)
+
+
+Leave = Mapping[type, Callable[[Any, Any], object]]
+"""Class of a node -> what a node of this class becomes, given it and its update by what happened below it: a node, a
+`cst.FlattenSentinel` or `cst.RemoveFromParent()`."""
+
+
+def transform(node: Node, leave: Leave) -> Node:
+    """Change nodes by their class, innermost first. What does not change is shared, not copied."""
+    return cast(Node, _transformed(node, leave))
+
+
+def _transformed(node: Any, leave: Leave) -> object:
+    changes: dict[str, object] = {}
+    kind = type(node)
+    for name in code_fields(kind):
+        value = getattr(node, name)
+        held = type(value)
+        if held is tuple or held is list:
+            items = [_transformed(item, leave) if _is_code[type(item)] else item for item in value]
+            if any(new is not old for new, old in zip(items, value, strict=True)):
+                changes[name] = _flattened(items)
+        elif _is_code[held]:
+            new = _transformed(value, leave)
+            if new is not value:
+                changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
+    updated = node.with_changes(**changes) if changes else node
+    return leave[kind](node, updated) if kind in leave else updated
+
+
+def _flattened(items: Iterable[object]) -> list[object]:
+    """Items of a sequence after edits."""
     result: list[object] = []
-    for item in items:
-        new = _rebuilt(item, planned, touched) if id(item) in touched else item
+    for new in items:
         if isinstance(new, cst.FlattenSentinel):
             result.extend(new)
         elif not isinstance(new, cst.RemovalSentinel):

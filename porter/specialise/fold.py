@@ -71,7 +71,7 @@ def _fold_method(spec: Spec, method: cst.FunctionDef, live: Liveness, names: dic
     prologue: list[cst.BaseStatement] = []
     if spec is not live.model.root:
         seen = spec.init if name == "__init__" else spec.calls.get(name, {})
-        read = {n.value for n in live.nodes(spec, name, method, reads_only=True) if isinstance(n, cst.Name)}
+        read = {n.value for n in live.reads(spec, name, method) if isinstance(n, cst.Name)}
         for param in tree.own_parameters(method):
             label = param.name.value
             if (id(spec), name, label) in live.removed:
@@ -82,7 +82,8 @@ def _fold_method(spec: Spec, method: cst.FunctionDef, live: Liveness, names: dic
                     prologue.append(tree.statement(f"{label} = value", value=constant))
     if prologue:
         edits.append((method, _with_prologue(prologue)))
-    for node in tree.walk(method.body):
+    decided = (cst.If, cst.IfExp, cst.BooleanOperation, cst.Call, cst.SimpleStatementLine, cst.Name, cst.Attribute)
+    for node in tree.find(method.body, *decided):
         if isinstance(node, cst.If):
             outcome = record.truth.get(id(node.test))
             if outcome is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import libcst as cst
 
@@ -14,6 +15,8 @@ from porter.specialise.values import Const, Empty, Instance, Items, ListOf, OneO
 
 Slot = tuple[int, str, str]
 """(identity of a spec, method, parameter)."""
+
+Reads = list[cst.Name | cst.Attribute]
 
 
 def is_constant(value: Value | None) -> bool:
@@ -61,7 +64,7 @@ class Liveness:
             n.attr.value
             for spec in self.specs
             for name, method in methods(spec, self.model)
-            for n in self.nodes(spec, name, method, reads_only=True)
+            for n in self.reads(spec, name, method)
             if isinstance(n, cst.Attribute)
         }
 
@@ -73,7 +76,7 @@ class Liveness:
             for name, method in methods(spec, self.model):
                 if name == "forward" and (id(spec) in chosen or spec.variadic):
                     continue  # called through a choice of classes, or with arguments in a dict: the signature stays
-                read = {n.value for n in self.nodes(spec, name, method, reads_only=True) if isinstance(n, cst.Name)}
+                read = {n.value for n in self.reads(spec, name, method) if isinstance(n, cst.Name)}
                 seen = spec.init if name == "__init__" else spec.calls.get(name, {})
                 for param in tree.own_parameters(method):
                     label = param.name.value
@@ -83,96 +86,93 @@ class Liveness:
                     if label not in read or constant:
                         self.removed.add(slot)
 
-    # -- live nodes --------------------------------------------------------------------------------------------------
-    def nodes(self, spec: Spec, name: str, method: cst.FunctionDef, reads_only: bool = False) -> Iterator[cst.CSTNode]:
-        """Code nodes of a method that survive folding; with `reads_only`, names and attributes in load position."""
-        yield from self._block(spec, name, tree.body(method), reads_only)
+    # -- reads -------------------------------------------------------------------------------------------------------
+    def reads(self, spec: Spec, name: str, method: cst.FunctionDef) -> Reads:
+        """Names and attributes in load position that survive folding in a method."""
+        found: Reads = []
+        self._block(spec, name, tree.body(method), found)
+        return found
 
-    def _block(self, spec: Spec, name: str, stmts: list[cst.BaseStatement], reads: bool) -> Iterator[cst.CSTNode]:
+    def _block(self, spec: Spec, name: str, stmts: list[cst.BaseStatement], found: Reads) -> None:
         for stmt in stmts:
-            yield from self._statement(spec, name, stmt, reads)
+            self._statement(spec, name, stmt, found)
             if isinstance(stmt, cst.SimpleStatementLine) and isinstance(stmt.body[-1], (cst.Return, cst.Raise)):
                 return
 
-    def _statement(self, spec: Spec, name: str, stmt: cst.CSTNode, reads: bool) -> Iterator[cst.CSTNode]:
-        if isinstance(stmt, cst.If):
-            outcome = self.model.record.truth.get(id(stmt.test), False)
-            if outcome is None:
-                yield from self._expression(spec, name, stmt.test, reads)
-            if outcome is not False:
-                yield from self._block(spec, name, tree.body(stmt), reads)
-            if outcome is not True and stmt.orelse is not None:
-                if isinstance(stmt.orelse, cst.If):
-                    yield from self._statement(spec, name, stmt.orelse, reads)
-                else:
-                    yield from self._block(spec, name, tree.body(stmt.orelse), reads)
-        elif isinstance(stmt, (cst.For, cst.While)):
-            yield from self._expression(spec, name, stmt.iter if isinstance(stmt, cst.For) else stmt.test, reads)
-            if not reads and isinstance(stmt, cst.For):
-                yield from tree.walk(stmt.target)
-            yield from self._block(spec, name, tree.body(stmt), reads)
-        elif isinstance(stmt, cst.With):
-            for item in stmt.items:
-                yield from self._expression(spec, name, item.item, reads)
-            yield from self._block(spec, name, tree.body(stmt), reads)
-        elif isinstance(stmt, cst.SimpleStatementLine):
+    def _statement(self, spec: Spec, name: str, stmt: cst.CSTNode, found: Reads) -> None:
+        if isinstance(stmt, cst.SimpleStatementLine):
             for small in stmt.body:
                 if not self.dead(spec, name, small):
-                    yield from self._small(spec, name, small, reads)
+                    self._small(spec, name, small, found)
+        elif isinstance(stmt, cst.If):
+            outcome = self.model.record.truth.get(id(stmt.test), False)
+            if outcome is None:
+                self._expression(spec, name, stmt.test, found)
+            if outcome is not False:
+                self._block(spec, name, tree.body(stmt), found)
+            if outcome is not True and stmt.orelse is not None:
+                if isinstance(stmt.orelse, cst.If):
+                    self._statement(spec, name, stmt.orelse, found)
+                else:
+                    self._block(spec, name, tree.body(stmt.orelse), found)
+        elif isinstance(stmt, (cst.For, cst.While)):
+            self._expression(spec, name, stmt.iter if isinstance(stmt, cst.For) else stmt.test, found)
+            self._block(spec, name, tree.body(stmt), found)
+        elif isinstance(stmt, cst.With):
+            for item in stmt.items:
+                self._expression(spec, name, item.item, found)
+            self._block(spec, name, tree.body(stmt), found)
         else:
-            yield from tree.walk(stmt)
+            found += tree.find(stmt, cst.Name, cst.Attribute)
 
-    def _small(self, spec: Spec, name: str, small: cst.CSTNode, reads: bool) -> Iterator[cst.CSTNode]:
+    def _small(self, spec: Spec, name: str, small: cst.CSTNode, found: Reads) -> None:
         if isinstance(small, cst.Assign):
-            yield from self._expression(spec, name, small.value, reads)
+            self._expression(spec, name, small.value, found)
             for target in small.targets:
-                yield from self._target(spec, name, target.target, reads)
+                self._target(spec, name, target.target, found)
         elif isinstance(small, cst.AnnAssign):
             if small.value is not None:
-                yield from self._expression(spec, name, small.value, reads)
+                self._expression(spec, name, small.value, found)
         else:
             for child in tree.children(small):
-                yield from self._expression(spec, name, child, reads)
+                self._expression(spec, name, child, found)
 
-    def _target(self, spec: Spec, name: str, target: cst.CSTNode, reads: bool) -> Iterator[cst.CSTNode]:
+    def _target(self, spec: Spec, name: str, target: cst.CSTNode, found: Reads) -> None:
         """Reads inside a target: `a[i].b = x` reads `a` and `i`."""
         if isinstance(target, cst.Name):
             return
         if isinstance(target, (cst.Tuple, cst.List)):
             for item in target.elements:
-                yield from self._target(spec, name, item.value, reads)
+                self._target(spec, name, item.value, found)
         elif isinstance(target, cst.Attribute):
-            yield from self._expression(spec, name, target.value, reads)
+            self._expression(spec, name, target.value, found)
         else:
-            yield from self._expression(spec, name, target, reads)
+            self._expression(spec, name, target, found)
 
-    def _expression(self, spec: Spec, name: str, node: cst.CSTNode, reads: bool) -> Iterator[cst.CSTNode]:
-        record = self.model.record
-        if isinstance(node, cst.IfExp):
-            outcome = record.truth.get(id(node.test))
-            branches = [node.body] if outcome is True else [node.orelse] if outcome is False else \
-                [node.test, node.body, node.orelse]  # fmt: skip
-            for each in branches:
-                yield from self._expression(spec, name, each, reads)
-            return
-        if isinstance(node, cst.BooleanOperation) and record.truth.get(id(node.left)) is not None:
-            chosen = node.right if record.truth[id(node.left)] == isinstance(node.operator, cst.And) else node.left
-            yield from self._expression(spec, name, chosen, reads)
-            return
-        if isinstance(node, (cst.Name, cst.Attribute)) and self.folds_to_literal(spec, name, node):
-            return
-        if not reads or isinstance(node, (cst.Name, cst.Attribute)):
-            yield node
-        if isinstance(node, cst.Call):
-            yield from self._expression(spec, name, node.func, reads)
+    def _expression(self, spec: Spec, name: str, node: Any, found: Reads) -> None:
+        kind = type(node)  # LibCST's classes are slow to ask with `isinstance`
+        if kind is cst.Name or kind is cst.Attribute:
+            if not self.folds_to_literal(spec, name, node):
+                found.append(node)
+                if kind is cst.Attribute:
+                    self._expression(spec, name, node.value, found)
+        elif kind is cst.Call:
+            self._expression(spec, name, node.func, found)
             for arg in self.kept_arguments(node):
-                yield from self._expression(spec, name, arg.value, reads)
-            return
-        if isinstance(node, cst.Attribute):
-            yield from self._expression(spec, name, node.value, reads)
-            return
-        for child in tree.children(node):
-            yield from self._expression(spec, name, child, reads)
+                self._expression(spec, name, arg.value, found)
+        else:
+            for each in self._evaluated(node):
+                self._expression(spec, name, each, found)
+
+    def _evaluated(self, node: cst.CSTNode) -> Sequence[cst.CSTNode]:
+        """Children of an expression; of one that is decided only the operand it comes to."""
+        truth = self.model.record.truth
+        if type(node) is cst.IfExp:
+            outcome = truth.get(id(node.test))
+            return [node.test, node.body, node.orelse] if outcome is None else [node.body if outcome else node.orelse]
+        if type(node) is cst.BooleanOperation and truth.get(id(node.left)) is not None:
+            return [node.right if truth[id(node.left)] == isinstance(node.operator, cst.And) else node.left]
+        return tree.children(node)
 
     def folds_to_literal(self, spec: Spec, name: str, node: cst.CSTNode) -> bool:
         """Whether a read is replaced by the constant it always has."""

@@ -8,7 +8,6 @@ the parameter that received the container renamed to `self`. Module functions th
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import libcst as cst
 
@@ -98,27 +97,20 @@ def _name(definition: Definition) -> str:
     return f"{definition.module}.{definition.name}"
 
 
-class _Renaming(cst.CSTTransformer):
-    def __init__(self, names: dict[str, str]) -> None:
-        super().__init__()
-        self.names = names
-
-    def leave_Attribute(self, original_node: Any, updated_node: Any) -> Any:
-        return updated_node.with_changes(attr=original_node.attr)
-
-    def leave_Arg(self, original_node: Any, updated_node: Any) -> Any:
-        return updated_node.with_changes(keyword=original_node.keyword)
-
-    def leave_Name(self, original_node: Any, updated_node: Any) -> Any:
-        new = self.names.get(original_node.value)
-        return updated_node if new is None else updated_node.with_changes(value=new)
-
-    def leave_Param(self, original_node: Any, updated_node: Any) -> Any:
-        return updated_node.with_changes(comma=cst.MaybeSentinel.DEFAULT)
-
-
-def _rename(node, names: dict[str, str]):  # noqa: ANN001, ANN202
-    return node.visit(_Renaming(names))
+def _rename(function: cst.FunctionDef, names: dict[str, str]) -> cst.FunctionDef:
+    """The function with other names for its variables, in nodes of its own."""
+    function = tree.clone(function)
+    labels = {id(n.attr) for n in tree.find(function, cst.Attribute)}
+    labels |= {id(n.keyword) for n in tree.find(function, cst.Arg)}
+    edits: list[tuple[cst.CSTNode, object]] = [
+        (n, n.with_changes(value=names[n.value]))
+        for n in tree.find(function, cst.Name)
+        if n.value in names and id(n) not in labels
+    ]
+    edits += [
+        (p, lambda new: new.with_changes(comma=cst.MaybeSentinel.DEFAULT)) for p in tree.find(function, cst.Param)
+    ]
+    return tree.replace_nodes(function, edits)
 
 
 def _without_strategy(body: cst.FunctionDef, processor: Definition, library: Library) -> cst.FunctionDef:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import libcst as cst
 
 from porter.source.names import BUILTINS, DOT
 from porter.source.tree import body, children
 
-_COMPREHENSIONS = (cst.ListComp, cst.SetComp, cst.GeneratorExp, cst.DictComp)
+_SCOPES = frozenset({cst.Lambda, cst.ListComp, cst.SetComp, cst.GeneratorExp, cst.DictComp})
+_BINDERS = frozenset({cst.AnnAssign, cst.AugAssign, cst.NamedExpr, cst.For})
 
 
 @lru_cache(maxsize=16384)
@@ -21,27 +23,28 @@ def uses(node: cst.CSTNode) -> frozenset[str]:
     return frozenset(found)
 
 
-def _uses(node: cst.CSTNode, found: set[str]) -> None:
-    if isinstance(node, cst.Name):
+def _uses(node: Any, found: set[str]) -> None:
+    kind = type(node)  # LibCST's classes are slow to ask with `isinstance`
+    if kind is cst.Name:
         if DOT not in node.value and node.value not in BUILTINS and node.value != "self":
             found.add(node.value)
-    elif isinstance(node, (cst.Attribute, cst.Arg)):
+    elif kind is cst.Attribute or kind is cst.Arg:
         _uses(node.value, found)
-    elif isinstance(node, (cst.Lambda, *_COMPREHENSIONS)):
+    elif kind in _SCOPES:
         inner: set[str] = set()
         for child in children(node):
             if not isinstance(child, cst.Parameters):
                 _uses(child, inner)
         found |= inner - _bound_inside(node)
-    elif isinstance(node, cst.AnnAssign):
+    elif kind is cst.AnnAssign:
         for part in (node.value, None if isinstance(node.target, cst.Name) else node.target):
             if part is not None:
                 _uses(part, found)
-    elif isinstance(node, cst.Assign):
+    elif kind is cst.Assign:
         _uses(node.value, found)
         for target in node.targets:
             _target_uses(target.target, found)
-    elif isinstance(node, cst.NamedExpr):
+    elif kind is cst.NamedExpr:
         _uses(node.value, found)
     else:
         for child in children(node):
@@ -84,20 +87,21 @@ def writes(statements: Iterable[cst.BaseStatement]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _writes(node: cst.CSTNode, found: set[str]) -> None:
-    if isinstance(node, cst.Assign):
+def _writes(node: Any, found: set[str]) -> None:
+    kind = type(node)
+    if kind is cst.Assign:
         for target in node.targets:
             found |= names_of(target.target)
         _writes(node.value, found)
-    elif isinstance(node, (cst.AnnAssign, cst.AugAssign, cst.NamedExpr, cst.For)):
+    elif kind in _BINDERS:
         found |= names_of(node.target)
         for child in children(node):
             _writes(child, found)
-    elif isinstance(node, (cst.FunctionDef, cst.ClassDef)):
+    elif kind is cst.FunctionDef or kind is cst.ClassDef:
         found.add(node.name.value)
-    elif isinstance(node, cst.AsName):
+    elif kind is cst.AsName:
         found |= names_of(node.name)
-    elif not isinstance(node, (cst.Lambda, *_COMPREHENSIONS)):
+    elif kind not in _SCOPES:
         for child in children(node):
             _writes(child, found)
 
