@@ -1,4 +1,4 @@
-"""Where rules, templates and the corpus lie: in a checkout beside the package, in an installed wheel inside it."""
+"""Where rules, templates, the corpus and the workloads lie: in a checkout beside the package, in an installed wheel inside it."""
 
 from __future__ import annotations
 
@@ -15,3 +15,4 @@ def _folder(name: str, beside: str) -> Path:
 RULES = _folder("rules", "rules")
 TEMPLATES = _folder("templates", "templates")
 CORPUS = _folder("corpus", "tests/corpus")
+BENCHMARKS = _folder("benchmarks", "benchmarks")

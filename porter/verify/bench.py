@@ -46,6 +46,7 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
         self.import_seconds = 0.0
         self.deadline: float | None = None
+        self.greeting: dict[str, Any] = {}
         self._greeted = False
 
     def start(self) -> None:
@@ -58,10 +59,16 @@ class Worker:
 
     def ready(self) -> None:
         """Wait until the imports are done."""
+        self.greet(START_TIMEOUT)
+
+    def greet(self, timeout: float) -> dict[str, Any]:
+        """Wait until the imports are done; what the program said of itself then."""
         self.start()
         if not self._greeted:
-            self.import_seconds = self._read(START_TIMEOUT).get("import_seconds", 0.0)
+            self.greeting = self._read(timeout)
+            self.import_seconds = self.greeting.get("import_seconds", 0.0)
             self._greeted = True
+        return self.greeting
 
     def send(self, job: dict[str, Any]) -> None:
         self.ready()

@@ -69,16 +69,20 @@ class Session:
         reported = self.load_only(module, weights)
         missing = tuple(n for n, p in module.named_parameters() if torch.isnan(p).any())
         count = sum(p.numel() for p in module.parameters())
-        with self.build_context():
-            from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-
-            for _, child in module.named_modules():
-                method = getattr(child, "quant_method", None)
-                if isinstance(method, QuantizeMethodBase):
-                    method.process_weights_after_loading(child)
+        self.after_loading(module)
         return LoadAccount(
             len(weights), tuple(sorted(reported)), missing, tuple(sorted(set(reported) - names)), len(names), count
         )
+
+    def after_loading(self, module: torch.nn.Module) -> None:
+        """The engine's post-load hooks of quantised and plain layers."""
+        from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+        with self.build_context():
+            for child in module.modules():
+                method = getattr(child, "quant_method", None)
+                if isinstance(method, QuantizeMethodBase):
+                    method.process_weights_after_loading(child)
 
     def load_only(self, module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> set[str]:
         """Call the port's `load_weights` and return what it says it loaded."""
@@ -103,6 +107,15 @@ def fill(module: torch.nn.Module, value: float) -> None:
 
 def device_of(rank: int) -> torch.device:
     return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _choose_kernels(od_config: Any, vllm_config: Any) -> None:
+    """The kernels that a worker chooses for its platform; without this the engine's fused operators stay unused."""
+    from vllm_omni.diffusion.worker import diffusion_worker
+    from vllm_omni.platforms import current_omni_platform
+
+    vllm_config.kernel_config.ir_op_priority = diffusion_worker._resolve_ir_op_priority(od_config, vllm_config)
+    current_omni_platform.init_diffusion_worker_vllm_config(vllm_config)
 
 
 @contextlib.contextmanager
@@ -142,6 +155,8 @@ def session(
         od.enrich_config()
     device = device_of(rank)
     vllm_config = create_diffusion_vllm_config(device, od)
+    if device.type == "cuda":
+        _choose_kernels(od, vllm_config)
     groups = od.parallel_config
     with set_forward_context(vllm_config=vllm_config, omni_diffusion_config=od), set_current_vllm_config(vllm_config):
         parallel_state.init_distributed_environment(world_size=world, rank=rank)

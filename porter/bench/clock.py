@@ -1,0 +1,133 @@
+"""Timing, memory and the state of the card. Events on an accelerator, the wall clock elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+GIB = 2**30
+ROUND_SECONDS = 2.5
+LEAST, MOST = 6, 40
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of timed calls, in milliseconds. `clock` is [SM MHz, W, C] right after it, where it can be read."""
+
+    median: float
+    p10: float
+    p90: float
+    least: float
+    calls: int
+    samples: list[float]
+    peak_gib: float
+    clock: list[int] | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: _short(v) for k, v in asdict(self).items()}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_round(
+    call: Callable[[], object], device: torch.device, warm: int = 4, together: Callable[[float], float] | None = None
+) -> Round:
+    """Warm up, estimate, then time calls for about 2.5 seconds. `together` makes ranks agree on the estimate."""
+    reset_peak(device)
+    for _ in range(warm):
+        call()
+    estimate = statistics.median(spans(call, 2 if device.type == "cuda" else 1, device))
+    if together is not None:
+        estimate = together(estimate)
+    most = MOST if device.type == "cuda" else 3
+    times = spans(call, max(min(LEAST, most), min(most, int(1000 * ROUND_SECONDS / max(estimate, 1e-3)))), device)
+    ordered = sorted(times)
+    tenth = len(ordered) // 10
+    return Round(
+        statistics.median(times), ordered[tenth], ordered[-1 - tenth], ordered[0], len(times), times,
+        peak_gib(device), card_state(device),
+    )  # fmt: skip
+
+
+def spans(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Milliseconds of `count` calls, one after another without a pause."""
+    if device.type != "cuda":
+        found = []
+        for _ in range(count):
+            start = time.perf_counter()
+            call()
+            found.append(1000 * (time.perf_counter() - start))
+        return found
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    synchronize(device)
+    for start_event, end_event in pairs:
+        start_event.record()
+        call()
+        end_event.record()
+    synchronize(device)
+    return [start_event.elapsed_time(end_event) for start_event, end_event in pairs]
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory that tensors of this process took since `reset_peak`; 0 where it is not counted."""
+    return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def allocated_gib(device: torch.device) -> float:
+    return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
+
+
+def card_state(device: torch.device) -> list[int] | None:
+    """SM clock in MHz, power in W, temperature in C; None where pynvml or the card is missing."""
+    if device.type != "cuda":
+        return None
+    with contextlib.suppress(Exception):
+        import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        return [
+            pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            round(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+            pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        ]
+    return None
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the card can do, measured: bfloat16 matrix products (TFLOP/s) and copies (GB/s, read plus written)."""
+    cuda = device.type == "cuda"
+    n, elements = (8192, 2**30) if cuda else (512, 2**22)
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(elements // 2, device=device).to(torch.bfloat16)
+    target = torch.empty_like(source)
+    for _ in range(3):
+        a @ b
+        target.copy_(source)
+    count = 30 if cuda else 3
+    product = statistics.median(spans(lambda: a @ b, count, device))
+    copy = statistics.median(spans(lambda: target.copy_(source), count, device))
+    bytes_moved = 2 * source.numel() * source.element_size()
+    return {"matmul_tflops": 2 * n**3 / product / 1e9, "copy_gbs": bytes_moved / copy / 1e6}

@@ -1,0 +1,31 @@
+"""What torch.compile did since the last look: graphs, graph breaks, recompilations and their reasons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def forget() -> None:
+    """Drop compiled code and counters of this process."""
+    import torch
+    from torch._dynamo.utils import clear_compilation_metrics, counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    clear_compilation_metrics()
+
+
+def statistics() -> dict[str, Any]:
+    """{graphs, breaks, break_reasons, recompiles, recompile_reasons} since `forget`."""
+    from torch._dynamo.utils import counters, get_compilation_metrics
+
+    breaks = counters["graph_break"]
+    again = [m for m in get_compilation_metrics() if getattr(m, "recompile_reason", None)]
+    reasons = sorted({f"{m.co_name}: {str(m.recompile_reason).strip()[:200]}" for m in again})
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "breaks": sum(breaks.values()),
+        "break_reasons": [str(reason).strip().splitlines()[0][:200] for reason in list(breaks)[:4]],
+        "recompiles": len(again),
+        "recompile_reasons": reasons[:4],
+    }

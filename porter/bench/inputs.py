@@ -1,0 +1,57 @@
+"""Inputs of a forward call: the same values on every side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from porter.verify.cases import ModuleCase, build_inputs
+
+HALF = torch.bfloat16
+
+
+def write_inputs(case: ModuleCase, path: Path) -> None:
+    """Draw and store the inputs of a case. `randn` without a dtype becomes bfloat16, as a pipeline's latents and
+    encoded prompts are; all else keeps its dtype."""
+    values = build_inputs(case.inputs, case.seed)
+    torch.save({name: _halved(value, case.inputs[name]) for name, value in values.items()}, path)
+
+
+def _halved(value: Any, spec: Mapping[str, Any]) -> Any:
+    if "map" in spec:
+        return {k: _halved(v, spec["map"][k]) for k, v in value.items()}
+    if "list" in spec:
+        return [_halved(v, s) for v, s in zip(value, spec["list"], strict=True)]
+    return value.to(HALF) if "randn" in spec and "dtype" not in spec else value
+
+
+def read_inputs(path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The stored inputs on a device; what is stored in bfloat16 comes in `dtype`."""
+    return _moved(torch.load(path, weights_only=True), device, dtype)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if torch.is_tensor(value):
+        return value.to(device, dtype if value.dtype is HALF else value.dtype)
+    if isinstance(value, dict):
+        return {k: _moved(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, device, dtype) for v in value)
+    return value
+
+
+def other_text(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same inputs with another text: the second branch of guidance. Rows of encoded text are shifted."""
+    changed = {k: v for k, v in inputs.items() if k in ("encoder_hidden_states", "pooled_projections")}
+    return {**inputs, **{k: v.roll(1, dims=-1) for k, v in changed.items() if torch.is_tensor(v)}}
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The sample: the first thing that a denoiser returns."""
+    output = getattr(output, "sample", output)
+    while isinstance(output, (tuple, list)):
+        output = output[0]
+    return output

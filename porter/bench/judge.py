@@ -1,0 +1,153 @@
+"""Verdicts over a record: agreement against bounds, speed against the spread of repeated rounds. No torch here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from porter.bench.sides import REFERENCE, SAME_MODE, SIDES
+
+ERROR_RATIO = 1.1
+"""A port's bfloat16 error against float32 may be so many times Diffusers' own in the same mode."""
+PARALLEL_RATIO = 1.5
+"""Two cards against one may differ so many times Diffusers' own bfloat16 error (measured: 0.3 to 0.5 of it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One comparison of a port's output with the float32 reference, beside Diffusers' own error."""
+
+    denoiser: str
+    case: str
+    side: str
+    error: float
+    baseline: float | None
+    apart: float | None
+    """Relative L2 distance from Diffusers in the same mode."""
+
+    @property
+    def ratio(self) -> float | None:
+        return None if not self.baseline else self.error / self.baseline
+
+    @property
+    def good(self) -> bool | None:
+        return None if self.ratio is None else self.ratio <= ERROR_RATIO
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Milliseconds of one side and case over all rounds. `spread` is the relative distance of the rounds' medians."""
+
+    side: str
+    case: str
+    median: float
+    p10: float
+    p90: float
+    spread: float
+    rounds: int
+    peak_gib: float
+
+
+def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
+    """Every port side and case for which a reference exists."""
+    found = []
+    for denoiser, row in data["denoisers"].items():
+        for case, sides in row["agreement"].items():
+            for side, errors in sides.items():
+                if side not in SAME_MODE or REFERENCE.name not in errors:
+                    continue
+                own = sides.get(SAME_MODE[side], {}).get(REFERENCE.name)
+                found.append(Verdict(denoiser, case, side, errors[REFERENCE.name], own, errors.get(SAME_MODE[side])))
+    return found
+
+
+def speed(row: Mapping[str, Any], side: str, case: str) -> Speed | None:
+    """The figures of a side, None where it was not timed."""
+    rounds = row["sides"].get(side, {}).get("rounds", {}).get(case)
+    if not rounds:
+        return None
+    samples = sorted(s for r in rounds for s in r["samples"])
+    medians = [r["median"] for r in rounds]
+    tenth = len(samples) // 10
+    return Speed(
+        side, case, statistics.median(samples), samples[tenth], samples[-1 - tenth],
+        max(medians) / min(medians) - 1, len(rounds), max(r["peak_gib"] for r in rounds),
+    )  # fmt: skip
+
+
+def speeds(row: Mapping[str, Any], case: str) -> dict[str, Speed]:
+    """All timed sides of a case, in the order of the sides."""
+    return {side: found for side in SIDES if (found := speed(row, side, case)) is not None}
+
+
+def best(found: Mapping[str, Speed], *sides: str) -> Speed | None:
+    """The fastest of some sides."""
+    return min((found[s] for s in sides if s in found), key=lambda s: s.median, default=None)
+
+
+def compared(port: Speed | None, other: Speed | None) -> dict[str, Any] | None:
+    """Ratio of medians (below 1: the port is faster), the spread that it must exceed, and what may be said."""
+    if port is None or other is None:
+        return None
+    ratio, spread = port.median / other.median, max(port.spread, other.spread)
+    say = "equal within the spread" if abs(ratio - 1) <= spread else "faster" if ratio < 1 else "slower"
+    return {"ratio": ratio, "spread": spread, "say": say}
+
+
+def floor_ms(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> float | None:
+    """The least time that the measured ceilings allow: operations over the matrix rate, least bytes over copy rate."""
+    counts, ceilings = row["counts"].get(case), data["ceilings"]
+    if not counts or not ceilings:
+        return None
+    return max(counts["tflop"] / ceilings["matmul_tflops"], counts["least_gb"] / ceilings["copy_gbs"]) * 1000
+
+
+def attention_of(side: Mapping[str, Any]) -> list[str]:
+    """Attention kernels that a profile saw, else the backend that the engine named."""
+    seen = [kind for profile in side.get("profiles", {}).values() for kind in profile["attention"]]
+    return list(dict.fromkeys(seen)) or list(side.get("facts", {}).get("backend", []))
+
+
+def parallel_verdicts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Two cards against one: {denoiser, subject, mode, compiled, apart, bound, speedup, sharded, good}."""
+    rows = []
+    for denoiser, row in data["denoisers"].items():
+        for subject, modes in row.get("parallel", {}).items():
+            for mode, found in modes.items():
+                for stage in ("eager", "compiled"):
+                    part = found.get(stage)
+                    if not part or "apart" not in part:
+                        continue
+                    good = part["apart"] <= found["bound"] and found["sharded"]
+                    rows.append({"denoiser": denoiser, "subject": subject, "mode": mode, "stage": stage, **part,
+                                 "bound": found["bound"], "sharded": found["sharded"], "good": good,
+                                 "proof": found["proof"]})  # fmt: skip
+    return rows
+
+
+def passed(data: Mapping[str, Any]) -> bool:
+    """No side failed, every port agrees, and every parallel mode that ran agrees and was sharded."""
+    judged = verdicts(data)
+    parallel = parallel_verdicts(data)
+    ran = bool(judged or parallel)
+    good = all(v.good is not False and v.error == v.error for v in judged) and all(v["good"] for v in parallel)
+    return ran and good and not data["problems"]
+
+
+def short_table(data: Mapping[str, Any]) -> str:
+    """A few columns for a terminal: error ratio, milliseconds by side."""
+    lines = []
+    for denoiser, row in data["denoisers"].items():
+        for case in row["cases"]:
+            timed = ", ".join(f"{s.side} {s.median:.2f}" for s in speeds(row, case).values())
+            ratios = [v for v in verdicts(data) if v.denoiser == denoiser and v.case == case and v.ratio is not None]
+            errors = ", ".join(f"{v.side} {v.error:.2e} ({v.ratio:.2f} of Diffusers)" for v in ratios)
+            lines.append(f"{denoiser} {case} ({row['size']}): {timed or 'not timed'} ms; error {errors or 'unknown'}")
+    for v in parallel_verdicts(data):
+        gain = f", {v['speedup']:.2f} times as fast" if v.get("speedup") else ""
+        lines.append(f"{v['denoiser']} {v['subject']} {v['mode']} {v['stage']}: apart {v['apart']:.1e}"
+                     f" (bound {v['bound']:.1e}){gain}; {v['proof']}")  # fmt: skip
+    lines += [f"{p['where']}: {p['message']}" for p in data["problems"]]
+    return "\n".join(lines)

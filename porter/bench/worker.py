@@ -1,0 +1,295 @@
+"""A process of one side: `python -m porter.bench.worker SIDE RANK`, started by `drive`. SIDE is diffusers or engine.
+
+Reads one JSON job per line on stdin, answers one JSON line each on the original stdout; tensors travel in files.
+Jobs: load, run, time, count, profile, layers, walk, release, ceilings. One denoiser is loaded at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_started = time.perf_counter()
+
+SAMPLED = 2**18
+"""Elements kept of each block's output: every n-th."""
+
+
+class Bench:
+    """The jobs, and the one subject between `load` and `release`."""
+
+    def __init__(self, side: str, rank: int) -> None:
+        import torch
+
+        self.side = side
+        self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+        self.subject: Any = None
+        self._world = 1
+
+    def load(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Build a denoiser with its random weights. `memory_gib` is what it holds then."""
+        from porter.bench import clock, compiled
+
+        self.release({})
+        compiled.forget()
+        if self.side == "engine":
+            from porter.bench.side_engine import EngineSubject as Subject
+        else:
+            from porter.bench.side_diffusers import DiffusersSubject as Subject  # type: ignore[assignment]
+        start = time.perf_counter()
+        self._world = job.get("world", 1)
+        self.subject = Subject(job, self.device)
+        clock.synchronize(self.device)
+        return {**self.subject.facts, "memory_gib": clock.allocated_gib(self.device),
+                "build_seconds": time.perf_counter() - start}  # fmt: skip
+
+    def compile(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Compile the blocks of what was loaded for eager use."""
+        self.subject.compile(dict(job.get("compile_options") or {}))
+        return {}
+
+    def run(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """One call; its output goes to `out`. `first_seconds` holds compilation."""
+        import torch
+
+        from porter.bench import clock, compiled
+
+        calls: list[int] = []
+        inputs = self._inputs(job)
+        start = time.perf_counter()
+        with self.subject.context():
+            self.subject.settle(job["case"], inputs)
+            hook = self.subject.model.register_forward_pre_hook(lambda *_: calls.append(1))
+            output = self.subject.call(inputs)
+            hook.remove()
+        clock.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        kept = output.float() if getattr(self.subject, "reference", False) else output.to(torch.bfloat16)
+        torch.save(kept.cpu(), job["out"])
+        return {
+            "first_seconds": seconds, "calls": len(calls), "finite": bool(torch.isfinite(output).all()),
+            "shape": list(output.shape), "compiled": compiled.statistics(), **self.subject.facts,
+        }  # fmt: skip
+
+    def sequence(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Tokens that a repeated block of this rank sees."""
+        from porter.bench.counts import sequence_of
+
+        inputs = self._inputs(job)
+        with self.subject.context():
+            return {"tokens": sequence_of(self.subject.model, lambda: self.subject.call(inputs))}
+
+    def time(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """One round of timed calls."""
+        from porter.bench import clock, compiled
+
+        inputs = self._inputs(job)
+        with self.subject.context():
+            self.subject.settle(job["case"], inputs)
+            self._meet()
+            done = clock.timed_round(
+                lambda: self.subject.call(inputs), self.device, job.get("warm", 4), self._agreed()
+            )
+        return {"round": done.to_json(), "compiled": compiled.statistics()}
+
+    def count(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        from porter.bench.counts import count
+
+        inputs = self._inputs(job)
+        with self.subject.context():
+            self.subject.settle(job["case"], inputs)
+            return count(self.subject.model, lambda: self.subject.call(inputs), inputs)
+
+    def profile(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        from porter.bench.kernels import profiled
+
+        inputs = self._inputs(job)
+        with self.subject.context():
+            self.subject.settle(job["case"], inputs)
+            self.subject.call(inputs)
+            return profiled(lambda: self.subject.call(inputs), self.device)
+
+    def layers(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """A sample of every block's output: {name: tensor} in `out`."""
+        import torch
+
+        from porter.bench.counts import repeated_blocks
+        from porter.verify.probes import tensors_of
+
+        kept: dict[str, torch.Tensor] = {}
+
+        def hook(name: str) -> Callable[..., None]:
+            def keep(_module: Any, _args: Any, output: Any) -> None:
+                found = tensors_of(output)
+                if found:
+                    flat = max(found, key=lambda t: t.numel()).reshape(-1)
+                    kept.setdefault(name, flat[:: max(1, flat.numel() // SAMPLED)].float().cpu())
+
+            return keep
+
+        names = {id(m): n for n, m in self.subject.model.named_modules()}
+        hooks = [b.register_forward_hook(hook(names[id(b)])) for b in repeated_blocks(self.subject.model)]
+        inputs = self._inputs(job)
+        with self.subject.context():
+            self.subject.settle(job["case"], inputs)
+            self.subject.call(inputs)
+        for each in hooks:
+            each.remove()
+        torch.save(kept, job["out"])
+        return {"blocks": len(kept)}
+
+    def walk(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Feed the output back `steps` times, as an Euler sampler does (in float32); every state goes to `out`."""
+        import torch
+
+        inputs = self._inputs(job)
+        state = inputs["hidden_states"].float()
+        states: list[torch.Tensor] = []
+        with self.subject.context():
+            self.subject.settle(job["case"], inputs)
+            for _ in range(job["steps"]):
+                output = self.subject.call({**inputs, "hidden_states": state.to(self.subject.dtype)})
+                if output.shape != state.shape:
+                    return {"states": 0, "reason": f"the output {list(output.shape)} is no latent {list(state.shape)}"}
+                state = state + output.float() / job["steps"]
+                states.append(state.cpu())
+        torch.save(torch.stack(states), job["out"])
+        return {"states": len(states)}
+
+    def release(self, _job: Mapping[str, Any]) -> dict[str, Any]:
+        import torch
+
+        from porter.bench import compiled
+
+        if self.subject is not None:
+            subject, self.subject = self.subject, None
+            subject.close()
+            del subject
+            compiled.forget()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {}
+
+    def ceilings(self, _job: Mapping[str, Any]) -> dict[str, Any]:
+        from porter.bench import clock
+
+        return dict(clock.ceilings(self.device))
+
+    def _inputs(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        from porter.bench.inputs import read_inputs
+
+        return read_inputs(job["inputs"], self.device, self.subject.dtype)
+
+    def _meet(self) -> None:
+        import torch.distributed as dist
+
+        if self._world > 1:
+            dist.barrier()
+
+    def _agreed(self) -> Callable[[float], float] | None:
+        import torch
+        import torch.distributed as dist
+
+        if self._world == 1:
+            return None
+
+        def mean(estimate: float) -> float:
+            value = torch.tensor([estimate], device=self.device)
+            dist.all_reduce(value)
+            return value.item() / self._world
+
+        return mean
+
+
+def describe(rank: int) -> dict[str, Any]:
+    """The device that this process works on, or why there is none."""
+    import torch
+
+    found: dict[str, Any] = {"cuda": False, "torch": torch.__version__, "cuda_of_torch": torch.version.cuda}
+    try:
+        torch.cuda.init()
+        properties = torch.cuda.get_device_properties(rank)
+        free, total = torch.cuda.mem_get_info(rank)
+        found |= {"cuda": True, "name": properties.name, "capability": f"{properties.major}.{properties.minor}",
+                  "memory_gib": total / 2**30, "free_gib": free / 2**30, "devices": torch.cuda.device_count()}  # fmt: skip
+    except (RuntimeError, AssertionError) as problem:
+        found["problem"] = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+    return found
+
+
+def limit_memory(rank: int) -> None:
+    """PORTER_BENCH_MEMORY_GIB caps what this process may take: of the card, or without one of the address space."""
+    cap = os.environ.get("PORTER_BENCH_MEMORY_GIB")
+    if not cap:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(rank).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap) * 2**30 / total), rank)
+    else:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (int(float(cap) * 2**30),) * 2)
+
+
+def failure(problem: BaseException) -> dict[str, Any]:
+    """An answer that says what went wrong; memory that ran out is always of kind OutOfMemory."""
+    import torch
+
+    text = str(problem)
+    memory = isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    kind = "OutOfMemory" if memory else type(problem).__name__
+    return {"ok": False, "type": kind, "error": text[:2000], "traceback": traceback.format_exc()[-3000:]}
+
+
+def main() -> None:
+    side, rank = sys.argv[1], int(sys.argv[2])
+    reply = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    if side == "engine":
+        from porter.verify.platform import bootstrap
+
+        bootstrap.activate()
+    else:
+        from porter.verify.platform.shim import declare_torchvision_operators
+
+        declare_torchvision_operators()
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("PORTER_THREADS", "1")))
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    if side == "engine":
+        import vllm_omni.diffusion.registry
+        import vllm_omni.diffusion.worker.diffusion_worker  # noqa: F401
+    device = describe(rank)
+    if device["cuda"]:
+        torch.cuda.set_device(rank)
+    limit_memory(rank)
+    bench = Bench(side, rank)
+    print(json.dumps({"ok": True, "import_seconds": time.perf_counter() - _started, "device": device}), file=reply)
+    for line in sys.stdin:
+        job = json.loads(line)
+        start = time.perf_counter()
+        try:
+            answer = {"ok": True, **getattr(bench, job["job"])(job)}
+        except Exception as problem:  # noqa: BLE001 - goes to the driver
+            answer = failure(problem)
+            del problem
+        if not answer["ok"] and answer["type"] == "OutOfMemory":
+            bench.release({})
+        print(json.dumps(answer | {"seconds": time.perf_counter() - start}, default=str), file=reply)
+    os._exit(0)  # process groups of a card need no orderly end
+
+
+if __name__ == "__main__":
+    main()

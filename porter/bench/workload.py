@@ -1,0 +1,93 @@
+"""What is run: a denoiser at its real size, as data: benchmarks/workloads/<DenoiserClass>.yaml.
+
+The format is that of tests/corpus/configs (`porter.verify.cases`), with one key more: `depth`, the constructor
+parameters that count layers and their defaults. `base` is what differs from the constructor's defaults, mostly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from porter.resources import BENCHMARKS
+from porter.verify.cases import ModuleCase, load_cases, parse_cases
+from porter.verify.outcome import VerifyError
+
+TINY_CASES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Cases of one denoiser. `depth` is {layer count parameter: (layers run, layers of the default)}; empty: tiny."""
+
+    denoiser: str
+    cases: tuple[ModuleCase, ...]
+    config: Mapping[str, Any]
+    depth: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def full(self) -> bool:
+        return bool(self.depth) and all(run == whole for run, whole in self.depth.values())
+
+    @property
+    def size(self) -> str:
+        """`60 layers`, `10 of 60 layers` or `tiny`."""
+        if not self.depth:
+            return "tiny"
+        run, whole = (sum(column) for column in zip(*self.depth.values(), strict=True))
+        return f"{whole} layers" if run == whole else f"{run} of {whole} layers"
+
+
+def load_workload(
+    denoiser: str, *, depth: int | None = None, only: tuple[str, ...] = (), folder: Path | None = None
+) -> Workload:
+    """The workload of a denoiser class, cut to `depth` layers and to the cases named `only`.
+
+    Raises VerifyError: no such file, a broken file, a case that does not exist.
+    """
+    path = (folder or BENCHMARKS / "workloads") / f"{denoiser}.yaml"
+    if not path.is_file():
+        raise VerifyError(f"there is no workload of {denoiser}", f"write {path.name} beside {path.parent}/*.yaml")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise VerifyError(f"{path}: not valid YAML: {error}") from None
+    layers = data.pop("depth", None) if isinstance(data, dict) else None
+    if not isinstance(layers, dict) or not layers or not all(isinstance(n, int) and n > 0 for n in layers.values()):
+        raise VerifyError(f"{path}: depth maps the parameters that count layers to their defaults")
+    cut = cut_depth(layers, depth)
+    config = {**data.get("base", {}), **{k: run for k, (run, whole) in cut.items() if run != whole}}
+    cases = _chosen(parse_cases(data | {"base": config}, str(path), denoiser), only, str(path))
+    return Workload(denoiser, cases, config, cut)
+
+
+def tiny_workload(denoiser: str, only: tuple[str, ...] = ()) -> Workload:
+    """The first cases of the corpus that share one configuration: a dry run for a machine without an accelerator."""
+    cases = load_cases(denoiser)
+    if not cases:
+        raise VerifyError(f"there is no tests/corpus/configs/{denoiser}.yaml")
+    same = tuple(c for c in cases if c.config == cases[0].config)[:TINY_CASES]
+    return Workload(denoiser, _chosen(same, only, "the tiny workload"), cases[0].config)
+
+
+def cut_depth(layers: Mapping[str, int], depth: int | None) -> dict[str, tuple[int, int]]:
+    """`depth` layers in all, shared out as the default does, at least one of each kind."""
+    whole = sum(layers.values())
+    if depth is None or depth >= whole:
+        return {k: (n, n) for k, n in layers.items()}
+    return {k: (max(1, round(n * depth / whole)), n) for k, n in layers.items()}
+
+
+def known_workloads() -> tuple[str, ...]:
+    """Denoiser classes that have a workload."""
+    return tuple(sorted(p.stem for p in (BENCHMARKS / "workloads").glob("*.yaml")))
+
+
+def _chosen(cases: tuple[ModuleCase, ...], only: tuple[str, ...], where: str) -> tuple[ModuleCase, ...]:
+    if missing := set(only) - {c.name for c in cases}:
+        raise VerifyError(f"{where}: no case called {', '.join(sorted(missing))}", ", ".join(c.name for c in cases))
+    return tuple(c for c in cases if not only or c.name in only)
