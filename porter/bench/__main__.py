@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=Path("bench.json"), help="the record, written after every step")
     p.add_argument("--sides", default=",".join(SIDES), help="comma-separated")
     p.add_argument("--cases", default="", help="comma-separated (default: all of the workload)")
+    p.add_argument("--most-cases", type=int, help="only so many cases of each, in the order of the file")
     p.add_argument("--depth", type=int, help="layers in all (default: the real number)")
     p.add_argument("--tiny", action="store_true", help="the corpus' tiny cases: a dry run")
     p.add_argument("--alone", action="store_true", help="hold one side at a time in memory")
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     options = Options(
-        given.device, given.generated, given.out, _list(given.sides), _list(given.cases), given.depth, given.tiny,
+        given.device, given.generated, given.out, _list(given.sides), _list(given.cases), given.most_cases, given.depth, given.tiny,
         given.alone, given.rounds, given.steps, given.budget, given.step_seconds, given.threads, not given.no_timing,
     )  # fmt: skip
     from porter.bench.run import run

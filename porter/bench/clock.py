@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 GIB = 2**30
-ROUND_SECONDS = 2.5
-LEAST, MOST = 6, 40
+ROUND_SECONDS = 1.5
+LEAST, MOST = 6, 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def synchronize(device: torch.device) -> None:
 def timed_round(
     call: Callable[[], object], device: torch.device, warm: int = 4, together: Callable[[float], float] | None = None
 ) -> Round:
-    """Warm up, estimate, then time calls for about 2.5 seconds. `together` makes ranks agree on the estimate."""
+    """Warm up, estimate, then time calls for about 1.5 seconds. `together` makes ranks agree on the estimate."""
     reset_peak(device)
     for _ in range(warm):
         call()

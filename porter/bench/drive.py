@@ -39,6 +39,7 @@ class Options:
     out: Path = Path("bench.json")
     sides: tuple[str, ...] = tuple(SIDES)
     cases: tuple[str, ...] = ()
+    most_cases: int | None = None
     depth: int | None = None
     tiny: bool = False
     alone: bool = False
@@ -74,7 +75,10 @@ class Crew:
 
     def __init__(self, options: Options, names: Iterable[tuple[str, str, int]]) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="porter_bench_"))
-        env = bootstrap.environment() | {"PORTER_THREADS": str(options.threads), "OMP_NUM_THREADS": str(options.threads)}
+        env = bootstrap.environment() | {
+            "PORTER_THREADS": str(options.threads),
+            "OMP_NUM_THREADS": str(options.threads),
+        }
         if options.device == "cpu":
             env["CUDA_VISIBLE_DEVICES"] = ""
         # Multicast needs a fabric manager that a rented card may lack; plain NCCL is what the engine's groups use.
@@ -82,9 +86,7 @@ class Crew:
             env.setdefault(key, "0")
         env.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         program = [sys.executable, "-P", "-m", "porter.bench.worker"]
-        self.workers = {
-            name: Worker(name, [*program, side, str(rank)], env, self.folder) for name, side, rank in names
-        }
+        self.workers = {name: Worker(name, [*program, side, str(rank)], env, self.folder) for name, side, rank in names}
 
     def __enter__(self) -> Crew:
         for worker in self.workers.values():
@@ -144,7 +146,7 @@ def denoisers_of(names: Sequence[str], manifest: Manifest) -> tuple[str, ...]:
 def workload_of(denoiser: str, options: Options) -> Workload:
     if options.tiny:
         return tiny_workload(denoiser, options.cases)
-    return load_workload(denoiser, depth=options.depth, only=options.cases)
+    return load_workload(denoiser, depth=options.depth, only=options.cases, most=options.most_cases)
 
 
 def head_of(options: Options) -> dict[str, Any]:

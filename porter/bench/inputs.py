@@ -14,18 +14,20 @@ HALF = torch.bfloat16
 
 
 def write_inputs(case: ModuleCase, path: Path) -> None:
-    """Draw and store the inputs of a case. `randn` without a dtype becomes bfloat16, as a pipeline's latents and
-    encoded prompts are; all else keeps its dtype."""
+    """Draw and store the inputs of a case. What pipelines cast to the type of their latents becomes bfloat16: `randn`
+    and a floating `timestep` without a dtype, and floating masks. All else keeps its dtype."""
     values = build_inputs(case.inputs, case.seed)
-    torch.save({name: _halved(value, case.inputs[name]) for name, value in values.items()}, path)
+    torch.save({name: _halved(value, case.inputs[name], name) for name, value in values.items()}, path)
 
 
-def _halved(value: Any, spec: Mapping[str, Any]) -> Any:
+def _halved(value: Any, spec: Mapping[str, Any], name: str) -> Any:
     if "map" in spec:
-        return {k: _halved(v, spec["map"][k]) for k, v in value.items()}
+        return {k: _halved(v, spec["map"][k], k) for k, v in value.items()}
     if "list" in spec:
-        return [_halved(v, s) for v, s in zip(value, spec["list"], strict=True)]
-    return value.to(HALF) if "randn" in spec and "dtype" not in spec else value
+        return [_halved(v, s, name) for v, s in zip(value, spec["list"], strict=True)]
+    drawn = "randn" in spec or (name == "timestep" and torch.is_tensor(value) and value.is_floating_point())
+    floating_mask = "mask" in spec and spec.get("dtype") == "float32"
+    return value.to(HALF) if floating_mask or (drawn and "dtype" not in spec) else value
 
 
 def read_inputs(path: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -100,7 +100,10 @@ class DiffusersSubject:
             return
         times: dict[str, float] = {}
         refused: dict[str, str] = {}
-        for backend in self._backends:
+        order = sorted(self._backends, key=lambda b: b not in self._chosen.values())
+        for backend in order:
+            if times and self._chosen:
+                break  # what was fastest for the first case serves the others, unless it refuses them
             try:
                 self._set(backend)
                 self._once(inputs)

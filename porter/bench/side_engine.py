@@ -128,6 +128,8 @@ class EngineSubject:
             return dict(inputs)
         known = inspect.signature(type(self.model).forward).parameters
         given = {k: v for k, v in inputs.items() if k in known}
+        if lost := [k for k, v in inputs.items() if k not in known and v is not None]:
+            raise TypeError(f"the hand-written class takes no {', '.join(lost)}")
         for name, meaning in self._hand.get("derived", {}).items():
             given[name] = DERIVED[meaning](inputs)
         return given

@@ -13,8 +13,8 @@ from porter.resources import BENCHMARKS
 from porter.verify.manifest import Manifest
 from porter.verify.outcome import VerifyError
 
-BACKENDS = ("_flash_3", "native", "_native_cudnn")
-"""Diffusers' attention backends that the tuned side tries: FlashAttention 3, torch's choice, cuDNN."""
+BACKENDS = ("_flash_3", "native")
+"""Diffusers' attention backends that the tuned side tries: FlashAttention 3, and torch's choice (cuDNN on Hopper)."""
 
 
 @dataclass(frozen=True, slots=True)

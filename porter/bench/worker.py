@@ -93,9 +93,7 @@ class Bench:
         with self.subject.context():
             self.subject.settle(job["case"], inputs)
             self._meet()
-            done = clock.timed_round(
-                lambda: self.subject.call(inputs), self.device, job.get("warm", 4), self._agreed()
-            )
+            done = clock.timed_round(lambda: self.subject.call(inputs), self.device, job.get("warm", 4), self._agreed())
         return {"round": done.to_json(), "compiled": compiled.statistics()}
 
     def count(self, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,9 +43,14 @@ class Workload:
 
 
 def load_workload(
-    denoiser: str, *, depth: int | None = None, only: tuple[str, ...] = (), folder: Path | None = None
+    denoiser: str,
+    *,
+    depth: int | None = None,
+    only: tuple[str, ...] = (),
+    most: int | None = None,
+    folder: Path | None = None,
 ) -> Workload:
-    """The workload of a denoiser class, cut to `depth` layers and to the cases named `only`.
+    """The workload of a denoiser class, cut to `depth` layers and to the cases named `only`, or to the first `most`.
 
     Raises VerifyError: no such file, a broken file, a case that does not exist.
     """
@@ -62,7 +67,7 @@ def load_workload(
     cut = cut_depth(layers, depth)
     config = {**data.get("base", {}), **{k: run for k, (run, whole) in cut.items() if run != whole}}
     cases = _chosen(parse_cases(data | {"base": config}, str(path), denoiser), only, str(path))
-    return Workload(denoiser, cases, config, cut)
+    return Workload(denoiser, cases[:most], config, cut)
 
 
 def tiny_workload(denoiser: str, only: tuple[str, ...] = ()) -> Workload:
