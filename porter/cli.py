@@ -129,7 +129,7 @@ def verify(
     checkpoint: Annotated[Path | None, typer.Option(help="A real checkpoint instead of a tiny random one.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.")] = None,
     out: Out = Path("generated"),
-    device: Annotated[str, typer.Option(help="Only cpu so far.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu: the ladder; cuda: bfloat16 at real layer sizes.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
     limit: Annotated[float, typer.Option(help="Sweep: seconds that one class may take.")] = 300.0,
     record: Annotated[
@@ -199,6 +199,54 @@ def benchmark(
     from porter.benchmark import run
 
     raise typer.Exit(run(classes or [], everything, repeats, verification, json_file, out, source))
+
+
+@app.command()
+def bench(
+    classes: Annotated[list[str], typer.Argument(metavar="CLASS...", help="Pipelines or denoisers with a port.")],
+    out: Out = Path("generated"),
+    json_file: Annotated[Path, typer.Option("--json", help="The record, written after every step.")] = Path(
+        "bench.json"
+    ),
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run.")] = "cuda",
+    cards: Annotated[int, typer.Option(min=1, max=2, help="2: tensor, sequence and guidance parallel.")] = 1,
+    modes: Annotated[str, typer.Option(help="Of two cards, comma-separated.")] = "tp,ulysses,cfg",
+    sides: Annotated[str | None, typer.Option(help="Comma-separated (default: all).")] = None,
+    cases: Annotated[str, typer.Option(help="Comma-separated names of a workload's cases.")] = "",
+    most_cases: Annotated[int | None, typer.Option(min=1, help="The first cases of each workload.")] = None,
+    depth: Annotated[int | None, typer.Option(min=1, help="Layers in all (default: the real number).")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The corpus' tiny cases: a dry run.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Hold one side at a time in memory.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of timing.")] = 2,
+    steps: Annotated[int, typer.Option(min=0, help="Length of the walk that shows how errors grow.")] = 6,
+    budget: Annotated[float, typer.Option(help="Seconds in all.")] = 3600.0,
+    step_seconds: Annotated[float, typer.Option(help="Most seconds of one step of one side.")] = 180.0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+) -> None:
+    """Time ports beside Diffusers and the engine's hand ports at real layer sizes; 5 if a side fails or disagrees."""
+    from porter.bench.drive import Options
+    from porter.bench.run import names, run
+    from porter.bench.sides import SIDES
+
+    options = Options(
+        device, out, json_file, names(sides) or tuple(SIDES), names(cases), most_cases, depth, tiny, alone, rounds, steps,
+        budget, step_seconds, threads,
+    )  # fmt: skip
+    raise typer.Exit(run(classes, options, cards=cards, modes=names(modes)))
+
+
+@app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Records of porter bench.")],
+    html: Annotated[Path | None, typer.Option(help="Write one page that needs no network.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write it for a pull request.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the records joined into one.")] = None,
+    out: Out = Path("generated"),
+) -> None:
+    """Pages from records of porter bench. Without an option: the README's performance table, to stdout."""
+    from porter.bench.report import write
+
+    raise typer.Exit(write(files, html, markdown, json_file, out))
 
 
 @rules_app.command("list")

@@ -1,4 +1,4 @@
-"""Where rules, templates, the corpus and the workloads lie: in a checkout beside the package, in an installed wheel inside it."""
+"""Where rules, templates, the corpus and the workloads lie: beside the package in a checkout, inside it in a wheel."""
 
 from __future__ import annotations
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from porter.bench.drive import Options
+from porter.bench.run import names, run
 from porter.bench.sides import SIDES
-from porter.verify.outcome import VerifyError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,27 +29,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--no-timing", action="store_true", help="agreement only")
     p.add_argument("--cards", type=int, choices=(1, 2), default=1, help="2: tensor, sequence and guidance parallel")
-    p.add_argument("--modes", default="one,tp,ulysses,cfg", help="of --cards 2")
+    p.add_argument("--modes", default="tp,ulysses,cfg", help="of --cards 2")
     return p
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     options = Options(
-        given.device, given.generated, given.out, _list(given.sides), _list(given.cases), given.most_cases, given.depth, given.tiny,
-        given.alone, given.rounds, given.steps, given.budget, given.step_seconds, given.threads, not given.no_timing,
+        given.device, given.generated, given.out, names(given.sides), names(given.cases), given.most_cases,
+        given.depth, given.tiny, given.alone, given.rounds, given.steps, given.budget, given.step_seconds,
+        given.threads, not given.no_timing,
     )  # fmt: skip
-    from porter.bench.run import run
-
-    try:
-        return run(given.names, options, cards=given.cards, modes=_list(given.modes))
-    except VerifyError as error:
-        print(f"porter bench: {error}", file=sys.stderr)
-        return 2
-
-
-def _list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    return run(given.names, options, cards=given.cards, modes=names(given.modes))
 
 
 if __name__ == "__main__":

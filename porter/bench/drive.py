@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from porter.bench.failures import device_problem, explained, flash_problem
 from porter.bench.inputs import write_inputs
@@ -22,7 +22,6 @@ from porter.verify.environment import versions
 from porter.verify.manifest import Manifest, read_manifest
 from porter.verify.outcome import VerifyError
 from porter.verify.platform import bootstrap
-from porter.verify.report import command_line
 
 STEP_SECONDS = 180.0
 LEAST_SECONDS = 20.0
@@ -88,7 +87,7 @@ class Crew:
         program = [sys.executable, "-P", "-m", "porter.bench.worker"]
         self.workers = {name: Worker(name, [*program, side, str(rank)], env, self.folder) for name, side, rank in names}
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Self:
         for worker in self.workers.values():
             worker.start()
         return self
@@ -151,11 +150,20 @@ def workload_of(denoiser: str, options: Options) -> Workload:
 
 def head_of(options: Options) -> dict[str, Any]:
     return {
-        "command": command_line(), "versions": versions() | extra_versions(), "device": {},
+        "command": command(), "versions": versions() | extra_versions(), "device": {},
         "options": {"rounds": options.rounds, "depth": options.depth, "tiny": options.tiny, "alone": options.alone,
                     "steps": options.steps, "device": options.device},
         "when": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+
+
+def command() -> str:
+    """The command as it was given, without the folders of files."""
+    return " ".join(["porter bench", *(Path(a).name if a.startswith("/") else a for a in _arguments())])
+
+
+def _arguments() -> list[str]:
+    return sys.argv[2:] if sys.argv[1:2] == ["bench"] else sys.argv[1:]
 
 
 def extra_versions() -> dict[str, str]:

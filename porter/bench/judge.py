@@ -38,14 +38,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Milliseconds of one side and case over all rounds. `spread` is the relative distance of the rounds' medians."""
+    """Milliseconds of one side and case over all rounds. `spread` is the relative distance of the rounds' medians; one
+    round has none."""
 
     side: str
     case: str
     median: float
     p10: float
     p90: float
-    spread: float
+    spread: float | None
     rounds: int
     peak_gib: float
 
@@ -73,7 +74,7 @@ def speed(row: Mapping[str, Any], side: str, case: str) -> Speed | None:
     tenth = len(samples) // 10
     return Speed(
         side, case, statistics.median(samples), samples[tenth], samples[-1 - tenth],
-        max(medians) / min(medians) - 1, len(rounds), max(r["peak_gib"] for r in rounds),
+        max(medians) / min(medians) - 1 if len(rounds) > 1 else None, len(rounds), max(r["peak_gib"] for r in rounds),
     )  # fmt: skip
 
 
@@ -91,7 +92,10 @@ def compared(port: Speed | None, other: Speed | None) -> dict[str, Any] | None:
     """Ratio of medians (below 1: the port is faster), the spread that it must exceed, and what may be said."""
     if port is None or other is None:
         return None
-    ratio, spread = port.median / other.median, max(port.spread, other.spread)
+    ratio = port.median / other.median
+    if port.spread is None or other.spread is None:
+        return {"ratio": ratio, "spread": None, "say": "one round, so no claim"}
+    spread = max(port.spread, other.spread)
     say = "equal within the spread" if abs(ratio - 1) <= spread else "faster" if ratio < 1 else "slower"
     return {"ratio": ratio, "spread": spread, "say": say}
 

@@ -128,7 +128,7 @@ class DiffusersSubject:
             self.call(inputs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as problem:  # noqa: BLE001 - tried again with graph breaks allowed
+        except Exception as problem:
             if not (self._compile and self.facts.get("fullgraph")):
                 raise
             self.facts["fullgraph_refused"] = f"{type(problem).__name__}: {str(problem)[:300]}"
