@@ -110,7 +110,8 @@ def _speed(data: Mapping[str, Any], counts: Mapping[str, Any], floor: float | No
     ceiling = data["ceilings"].get("matmul_tflops")
     return {
         "side": LABELS[found.side], "ms": f"{found.median:.2f}", "low": f"{found.p10:.2f}", "high": f"{found.p90:.2f}",
-        "spread": "" if found.spread is None else f"{100 * found.spread:.1f} %", "rounds": found.rounds, "peak": f"{found.peak_gib:.2f}",
+        "spread": "" if found.spread is None else f"{100 * found.spread:.1f} %",
+        "rounds": found.rounds, "peak": f"{found.peak_gib:.2f}",
         "tokens": f"{1000 * counts['tokens'] / found.median:,.0f}" if counts.get("tokens") else "",
         "rate": f"{rate:.1f}" if rate is not None else "",
         "share": f"{100 * rate / ceiling:.0f} %" if rate is not None and ceiling else "",
