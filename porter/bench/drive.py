@@ -98,8 +98,17 @@ class Crew:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def greet(self, timeout: float) -> dict[str, dict[str, Any]]:
-        """Wait for all imports; {name: what the worker says of its device}. A worker that fails is left out."""
-        return {name: worker.greet(timeout).get("device", {}) for name, worker in self.workers.items()}
+        """Wait for all imports; {name: what the worker says of its device}, or a `problem` where it did not start."""
+        found: dict[str, dict[str, Any]] = {}
+        for name, worker in self.workers.items():
+            try:
+                found[name] = worker.greet(timeout).get("device", {})
+            except VerifyError as error:
+                found[name] = {"problem": explained(error), "dead": True}
+        return found
+
+    def alive(self, name: str) -> bool:
+        return self.workers[name].process is not None
 
 
 def bench(names: Sequence[str], options: Options, say: Say | None = None) -> dict[str, Any]:
@@ -115,10 +124,14 @@ def bench(names: Sequence[str], options: Options, say: Say | None = None) -> dic
     budget = Budget(options.budget, options.step_seconds)
     with Crew(options, [(s.name, s.program, 0) for s in (REFERENCE, *sides)]) as crew:
         say(f"starting {len(crew.workers)} processes")
-        device = crew.greet(min(300.0, budget.left()))[REFERENCE.name]
+        greetings = crew.greet(min(300.0, budget.left()))
+        device = greetings[REFERENCE.name]
         if problem := device_problem(device, options.device):
             raise VerifyError(problem)
         record.data["device"] = device
+        for side in [s for s in sides if greetings[s.name].get("dead")]:
+            record.problem(side.name, f"did not start: {greetings[side.name]['problem']}")
+            sides.remove(side)
         _ceilings(crew, record, sides, budget)
         for workload in workloads:
             if budget.spent():
@@ -256,8 +269,6 @@ class Subject:
                    "out": str(self._output(side, case.name))}  # fmt: skip
             answer = self._call(side, run)
             if answer is None:
-                if side.name not in self.crew.workers or self.crew.workers[side.name].process is None:
-                    return False
                 continue
             found["runs"][case.name] = {k: answer[k] for k in ("first_seconds", "calls", "finite", "shape")}
             found["compiled"][case.name] = answer["compiled"]
@@ -320,6 +331,8 @@ class Subject:
     def _call(self, side: Side, job: dict[str, Any]) -> dict[str, Any] | None:
         """One job of one side; a failure becomes one message in the record and the others go on."""
         found = self.record.side(self.name, side.name)
+        if job["job"] != "load" and not self.crew.alive(side.name):
+            return None  # it died, which was said then; the next load starts it again
         if self.budget.spent() and job["job"] != "release":
             found["failures"].append(f"{job['job']} skipped: the time budget is spent")
             return None

@@ -65,8 +65,10 @@ def bench_parallel(names: Sequence[str], options: Options, modes: Sequence[str],
     team = [(REFERENCE.name, "diffusers", 0), ("rank0", "engine", 0), ("rank1", "engine", 1)]
     with Crew(options, team) as crew:
         say("starting 3 processes")
-        device = crew.greet(min(300.0, budget.left()))["rank0"]
-        if problem := device_problem(device, options.device, 2):
+        greetings = crew.greet(min(300.0, budget.left()))
+        device = greetings["rank0"]
+        dead = [f"{n}: {g['problem']}" for n, g in greetings.items() if g.get("dead")]
+        if problem := device_problem(device, options.device, 2) or "; ".join(dead):
             raise VerifyError(problem)
         record.data["device"] = device
         for workload in workloads:
@@ -183,9 +185,9 @@ class Pair:
             try:
                 return team[rank].call(own, self.budget.timeout())
             except (JobError, VerifyError) as error:
-                for other in team:
-                    if other is not team[rank] and other.process is not None:
-                        other.process.kill()  # its own reader notices and reports
+                for process in [w.process for w in team if w is not team[rank]]:
+                    if process is not None:
+                        process.kill()  # its own reader notices and reports
                 return error
 
         with ThreadPoolExecutor(world) as pool:
