@@ -12,10 +12,13 @@ embeds: [{encode: {prompt: ...}, names: [prompt_embeds, null], without: [prompt]
 raises: [{name: ..., call: {...}}]                # requests that Diffusers refuses
 extra: [{name: ..., call: {...}, images: {...}}]  # further requests, perhaps with other pictures (`{}`: none)
 omitted_stop: 1                                   # steps to run when everything is left at its default
+omitted: {height: 32, width: 48}                  # what is given even then, where the default would take minutes
 images: {image: [40, 56]}                         # random pictures: [height, width], or
                                                   #   {size: [40, 56], mode: L}   RGB, RGBA, L
                                                   #   {size: [40, 56], mask: true}   white box on black
+                                                  #   {size: [40, 56], frames: 5}   a video: a list of pictures
                                                   #   a list of such entries: several pictures
+tensors: {audio: [1, 2, 4000]}                    # random tensors of a shape: sound, given latents
 only: [plain, prompt-embeds]                      # beginnings of names: leave the other requests out
 cfg: {true_cfg_scale: 3.0}                        # what a request needs for two guidance branches
 """
@@ -35,7 +38,7 @@ from porter.verify.outcome import VerifyError
 
 KEYS = frozenset({
     "pipeline", "denoisers", "components", "call", "negative", "guidance", "odd", "everything", "embeds", "raises",
-    "extra", "omitted_stop", "images", "cfg", "only",
+    "extra", "omitted_stop", "omitted", "images", "tensors", "cfg", "only",
 })  # fmt: skip
 NEEDED = frozenset({"pipeline", "denoisers", "call"})
 SEED = 42
@@ -68,6 +71,7 @@ class RequestCase:
     per_prompt: int = 1
     apart: bool = False
     images: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompts(self) -> int:
@@ -92,9 +96,9 @@ def load_spec(pipeline: str, folder: Path | str | None = None) -> PipelineSpec |
     if data["pipeline"] != pipeline:
         raise VerifyError(f"{path}: pipeline is {data['pipeline']}, the file's name says {pipeline}")
     for row in (*data.get("raises", ()), *data.get("extra", ())):
-        if not {"name", "call"} <= set(row) <= {"name", "call", "images"}:
+        if not {"name", "call"} <= set(row) <= {"name", "call", "images", "tensors"}:
             raise VerifyError(
-                f"{path}: an entry of raises or extra has the keys name and call, perhaps images, not {sorted(row)}"
+                f"{path}: an entry of raises or extra has the keys name and call, perhaps images and tensors, not {sorted(row)}"
             )
     return PipelineSpec(pipeline, data)
 
@@ -110,7 +114,11 @@ def request_table(spec: PipelineSpec, parameters: Mapping[str, Any]) -> tuple[Re
         cases.append(RequestCase("negative-prompt", guided))
     everything = {**guided, **spec.get("everything", {})}
     cases.append(RequestCase("everything-given", everything))
-    cases.append(RequestCase("defaults-omitted", _only_inputs(base), stop_after=spec.get("omitted_stop", 1)))
+    cases.append(
+        RequestCase(
+            "defaults-omitted", _only_inputs(base) | spec.get("omitted", {}), stop_after=spec.get("omitted_stop", 1)
+        )
+    )
     cases += _guidance(spec, base, parameters)
     for index, embeds in enumerate(_embeds(spec)):
         cases.append(_embeds_case(guided, embeds, index))
@@ -125,13 +133,13 @@ def request_table(spec: PipelineSpec, parameters: Mapping[str, Any]) -> tuple[Re
         cases.append(RequestCase("odd-size", guided | spec.get("odd")))
     if "output_type" in parameters:
         cases.append(RequestCase("latent-output", guided | {"output_type": "latent"}))
-    images = spec.get("images", {})
-    cases = [replace(c, images=images, apart=c.apart or (c.prompts > 1 and bool(images))) for c in cases]
+    images, tensors = spec.get("images", {}), spec.get("tensors", {})
+    media = bool(images) or bool(tensors)
+    cases = [replace(c, images=images, tensors=tensors, apart=c.apart or (c.prompts > 1 and media)) for c in cases]
     for kind, prefix in (("extra", ""), ("raises", "raises-")):
-        cases += [
-            RequestCase(prefix + row["name"], base | row["call"], images=row.get("images", images))
-            for row in spec.get(kind, ())
-        ]
+        for row in spec.get(kind, ()):
+            drawn = {"images": row.get("images", images), "tensors": row.get("tensors", tensors)}
+            cases.append(RequestCase(prefix + row["name"], base | row["call"], **drawn))
     only = tuple(spec.get("only", ()))
     return tuple(c for c in cases if not only or c.name.startswith(only))
 

@@ -13,7 +13,7 @@ import libcst as cst
 
 from porter.facts.pipeline.liveness import names_of
 from porter.model import Unknown
-from porter.source.tree import body, find, self_attribute
+from porter.source.tree import body, children, find, self_attribute
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ def regions(statements: Sequence[cst.BaseStatement], denoisers: Collection[str])
     aliases = model_aliases(flat, denoisers)
     if any(isinstance(s, (cst.For, cst.While)) and _denoises(s, denoisers) for s in inner):
         return Unknown("the denoising loop stands inside another loop")
+    if any(_jumps(s) for s in inner):
+        return Unknown("a round of the loop may end early")
     first = next((i for i, s in enumerate(inner) if any(denoiser_calls(s, denoisers, aliases))), None)
     last = next((i for i, s in enumerate(inner) if steps_scheduler(s)), None)
     if first is None or last is None or last <= first:
@@ -77,6 +79,15 @@ def regions(statements: Sequence[cst.BaseStatement], denoisers: Collection[str])
         tuple(inner[last:]),
         tuple(flat[places[0] + 1 :]),
     )
+
+
+def _jumps(statement: cst.CSTNode) -> bool:
+    """Whether a statement of a loop's body may leave the round: `continue`, `break` or `return`, not of a loop inside."""
+    if isinstance(statement, (cst.Continue, cst.Break, cst.Return)):
+        return True
+    if isinstance(statement, (cst.For, cst.While)):
+        return any(True for _ in find(statement, cst.Return))
+    return not isinstance(statement, cst.FunctionDef) and any(_jumps(c) for c in children(statement))
 
 
 def unwrap_progress(statements: Sequence[cst.BaseStatement]) -> list[cst.BaseStatement]:

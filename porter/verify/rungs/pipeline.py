@@ -43,7 +43,8 @@ def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase
 
     call: dict[str, Any] = {"kwargs": dict(case.kwargs), "seed": case.seed, "stop_after": case.stop_after}
     call |= {"per_prompt": case.per_prompt, "apart": case.apart}
-    tensors: dict[str, Any] = {}
+    draw = torch.Generator().manual_seed(9)
+    tensors: dict[str, Any] = {n: torch.randn(shape, generator=draw) for n, shape in sorted(case.tensors.items())}
     for row in case.encode:
         out = bench.path("encoded")
         bench.baseline.call(
@@ -59,7 +60,9 @@ def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase
 
 
 def pictures_of(bench: Bench, name: str, entry: Any) -> str | list[str]:
-    """File of a random picture, or files of several: `[height, width]`, `{size, mode, mask}`, or a list of these."""
+    """File of a random picture, or files of several: `[height, width]`, `{size, mode, mask}`, `{size, frames}`, a list."""
+    if isinstance(entry, dict) and "frames" in entry:
+        entry = [{k: v for k, v in entry.items() if k != "frames"}] * entry["frames"]
     if isinstance(entry, list) and not all(isinstance(n, int) for n in entry):
         return [_picture(bench, f"{name}-{index}", one, 8 + index) for index, one in enumerate(entry)]
     return _picture(bench, name, entry, 7)

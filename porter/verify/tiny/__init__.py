@@ -13,7 +13,16 @@ from porter.verify.outcome import VerifyError
 
 Builder = Callable[[Mapping[str, Any], Mapping[str, Any]], Any]
 BUILDERS: dict[str, Builder] = {}
-MODULES = ("tokenizers", "text_encoders", "image_encoders", "autoencoders", "schedulers", "controlnets")
+MODULES = (
+    "tokenizers",
+    "text_encoders",
+    "image_encoders",
+    "autoencoders",
+    "schedulers",
+    "controlnets",
+    "video_autoencoders",
+    "audio",
+)
 
 
 def builds(*class_names: str) -> Callable[[Builder], Builder]:

@@ -54,6 +54,13 @@ def test_a_loop_inside_a_loop_is_not_cut() -> None:
     assert isinstance(cut(text), Unknown)
 
 
+def test_a_round_that_may_end_early_is_not_cut() -> None:
+    early = LOOP.replace("    u = t.expand", "    if t == 0:\n        continue\n    u = t.expand")
+    assert isinstance(cut(early), Unknown)
+    inner = LOOP.replace("    u = t.expand", "    for s in t:\n        continue\n    u = t.expand")
+    assert isinstance(cut(inner), Regions)
+
+
 def test_textbook_guidance_has_a_scale() -> None:
     found = guidance(known(LOOP), ["net"], lambda _: [], {})
     assert not isinstance(found, Unknown)
