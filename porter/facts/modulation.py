@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 import libcst as cst
 
+from porter.facts.flow import Linear
 from porter.facts.module_tree import ClassModules, ModuleSite
 from porter.facts.projections import linear_arguments
-from porter.facts.sharding import Linear, Roles
+from porter.facts.sharding import Roles
 from porter.source import tree
 from porter.source.names import qualified
 

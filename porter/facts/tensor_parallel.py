@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import libcst as cst
 
+from porter.facts.flow import AttentionSite, Linear
 from porter.facts.geometry import Geometry, head_geometry
 from porter.facts.modulation import modulations
 from porter.facts.module_tree import ClassModules, module_tree
 from porter.facts.projections import Merge, ProjectionGroup, linear_arguments, projection_groups
-from porter.facts.sharding import AttentionSite, Linear, Roles, infer_roles
+from porter.facts.sharding import Roles, infer_roles
 from porter.model import Unit, Unknown
 
 

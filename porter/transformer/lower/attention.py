@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import libcst as cst
 
+from porter.facts.flow import AttentionSite
 from porter.facts.geometry import Geometry
-from porter.facts.sharding import AttentionSite
 from porter.model import Diagnostic, Unknown
 from porter.source import tree
 from porter.source.names import absolute
