@@ -20,7 +20,11 @@ _ELEMENTWISE_METHODS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What is known of one tensor: the linears and attention sites it comes from."""
+    """What is known of one tensor: the linears and attention sites it comes from.
+
+    `split` says that heads are an axis of their own, `heads_first` that this axis stands before the sequence; `parts` are
+    flows side by side in the last dimension. `tainted`: what happened to it may not act on each shard alone.
+    """
 
     linears: frozenset[Linear] = frozenset()
     attention: frozenset[int] = frozenset()
@@ -29,6 +33,7 @@ class Flow:
     mixed: bool = False
     parts: tuple[Flow, ...] = ()
     tainted: bool = False
+    heads_first: bool = False
 
     @property
     def whole(self) -> bool:
@@ -71,7 +76,7 @@ def merge(left: Flow, right: Flow) -> Flow:
         left.linears | right.linears, left.attention | right.attention, left.split or right.split,
         left.elementwise and right.elementwise, left.mixed or right.mixed,
         left.parts if left.parts == right.parts else (),
-        left.tainted or right.tainted,
+        left.tainted or right.tainted, left.heads_first or right.heads_first,
     )  # fmt: skip
 
 
@@ -97,14 +102,33 @@ def pass_through(values: list[Shape]) -> Flow:
     return result
 
 
-def combine(left: Flow, right: Flow, number: bool = False) -> Flow:
-    """Arithmetic on two tensors; a shard with a whole tensor is mixed unless the whole one is a number."""
+def combine(left: Flow, right: Flow, number: bool = False, axes: int = 0) -> Flow:
+    """Arithmetic on two tensors; a shard with a whole tensor is mixed unless the whole one is a number or is the same for
+    all that is sharded: `axes` is the number of its last axes that have length one."""
     if left.whole and right.whole:
         return PARAMETER if left.tainted or right.tainted else WHOLE
     both = not left.whole and not right.whole
     result = merge(left, right) if both else right if left.whole else left
     result = replace(result, tainted=left.tainted or right.tainted)
-    return replace(result, mixed=result.mixed or not (both or number), parts=())
+    uniform = axes >= (2 if result.split else 1) and not result.heads_first
+    return replace(result, mixed=result.mixed or not (both or number or uniform), parts=())
+
+
+def broadcast_axes(node: cst.BaseExpression) -> int:
+    """How many of the last axes of a tensor have length one by construction: `m[:, :, None, None]` two, `m.unsqueeze(-1)`
+    one, `m.view(b, -1, 1, 1)` two."""
+    if isinstance(node, cst.Subscript):
+        last = [isinstance(e.slice, cst.Index) and tree.code(e.slice.value) == "None" for e in reversed(node.slice)]
+        return last.index(False) if False in last else 0
+    if not isinstance(node, cst.Call) or not isinstance(node.func, cst.Attribute):
+        return 0
+    name, arguments = node.func.attr.value, [tree.code(a.value) for a in node.args]
+    if name in ("to", "float", "type_as"):
+        return broadcast_axes(node.func.value)
+    if name == "unsqueeze" and arguments == ["-1"]:
+        return 1 + broadcast_axes(node.func.value)
+    ones = [a == "1" for a in reversed(arguments)]
+    return ones.index(False) if name in ("view", "reshape") and False in ones else 0
 
 
 def method_call(node: cst.Call, owner: Flow, values: list[Flow]) -> Shape:
@@ -116,8 +140,15 @@ def method_call(node: cst.Call, owner: Flow, values: list[Flow]) -> Shape:
     if result.whole:
         return WHOLE
     if name in _SPLITTING:
-        heads = name == "unflatten" or len(node.args) >= 4
-        return replace(result, split=heads, elementwise=False, parts=())
+        stars = [a for a in node.args if a.star]
+        if stars and len(node.args) == 1:  # `x.reshape(*x.shape)`
+            return replace(result, elementwise=False, parts=())
+        heads = name == "unflatten" or len(node.args) >= (3 if stars else 4)
+        return replace(result, split=heads, elementwise=False, parts=(), heads_first=False)
+    if name == "transpose" and result.split and [tree.code(a.value) for a in node.args] == ["1", "2"]:
+        return replace(result, heads_first=not result.heads_first, elementwise=False, parts=())
+    if name == "permute":
+        return replace(result, heads_first=True, elementwise=False, parts=())
     if name == "flatten":
         return replace(result, split=False, parts=())
     if name in _ELEMENTWISE_METHODS:

@@ -7,20 +7,21 @@ from collections.abc import Iterator
 import libcst as cst
 
 from porter.engine.registry import FactSite, fact
+from porter.facts.follow import optional_projection
 from porter.facts.module_tree import ClassModules, ModuleSite, module_tree
 from porter.facts.projections import linear_arguments
 from porter.facts.tensor_parallel import tensor_parallel
-from porter.model import Unit
+from porter.model import Unit, Unknown
 from porter.source import tree
 
 ENGINE_LAYERS = ("vllm.", "vllm_omni.")
 
 
-@fact("linear", fields=["role", "path", "prefix", "fan_in", "fan_out", "bias", "chunks", "width", "parts", "widths"])
+@fact("linear", fields=["role", "path", "prefix", "fan_in", "fan_out", "bias", "sizes", "parts", "widths"])
 def linears(unit: Unit) -> Iterator[FactSite]:
     """Every `torch.nn.Linear` built: column, row, packed_row, chunked_column, merged, gathered or whole.
 
-    A chunked column computes `chunks` outputs of `width` side by side; a packed row reads tensors of `widths` side by side.
+    A chunked column computes outputs of `sizes` side by side; a packed row reads tensors of `widths` side by side.
     """
     facts = tensor_parallel(unit)
     for name, modules in facts.modules.items():
@@ -45,10 +46,10 @@ def _linear(name: str, path: str, site: ModuleSite, facts, merged: set[str]) -> 
     if path in merged:
         fields["role"] = "merged"
     elif key in facts.roles.column:
-        chunks = facts.roles.chunks.get(key)
-        fields["role"] = "chunked_column" if chunks else "column"
-        if chunks:
-            fields |= {"chunks": chunks, "width": _divided(fan_out, chunks)}
+        sizes = facts.roles.blocks.get(key) or _sizes(fan_out, facts.roles.chunks.get(key, frozenset()), site)
+        fields["role"] = "chunked_column" if sizes else "column"
+        if sizes:
+            fields["sizes"] = sizes
     elif key in facts.roles.row:
         parts = facts.roles.packed.get(key)
         fields["role"] = "packed_row" if parts else "row"
@@ -57,6 +58,15 @@ def _linear(name: str, path: str, site: ModuleSite, facts, merged: set[str]) -> 
     elif key in facts.gathered:
         fields["role"] = "gathered"
     return FactSite(site.call, name, fields)
+
+
+@fact("optional_projection", fields=["attribute", "variable"])
+def optional_projections(unit: Unit) -> Iterator[FactSite]:
+    """Statements that project sharded attention only where the projection exists."""
+    for owner, stmt in tensor_parallel(unit).roles.optional:
+        found = optional_projection(stmt)
+        assert found is not None
+        yield FactSite(stmt, owner, {"attribute": found[0], "variable": found[1]})
 
 
 @fact("projection_group", fields=["attributes", "name"])
@@ -117,6 +127,33 @@ def _is_engine(site: ModuleSite) -> bool:
 
 def _builds(modules: ClassModules, classes: set[str]) -> bool:
     return any(s.cls in classes for sites in modules.sites.values() for s in sites)
+
+
+def _sizes(width: str, counts: frozenset[int], site: ModuleSite) -> str | Unknown | None:
+    """Widths of the outputs that a linear computes side by side, as text; None for one output.
+
+    Where the forward has a choice of counts, the width must be a product with the local variable that makes the same one.
+    """
+    if not counts:
+        return None
+    if len(counts) == 1 and (count := next(iter(counts))) and _names_count(width, site) is None:
+        return f"[{_divided(width, count)}] * {count}"
+    named = _names_count(width, site)
+    if named is None or not counts <= named[2]:
+        return Unknown(f"{width} is cut into {sorted(counts)} parts, and which is not known")
+    return f"[{named[0]}] * {named[1]}"
+
+
+def _names_count(width: str, site: ModuleSite) -> tuple[str, str, set[int]] | None:
+    """(other factor, variable, its values) of a width `dim * n` with `n = 5 if flag else 3` before it."""
+    node = tree.expression(width)
+    if not isinstance(node, cst.BinaryOperation) or not isinstance(node.operator, cst.Multiply):
+        return None
+    for variable, other in ((node.right, node.left), (node.left, node.right)):
+        values = site.choices.get(variable.value) if isinstance(variable, cst.Name) else None
+        if values:
+            return tree.code(other), tree.code(variable), set(values)
+    return None
 
 
 def _divided(width: str, chunks: int) -> str:

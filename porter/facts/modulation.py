@@ -39,7 +39,12 @@ def modulations(classes: Mapping[str, ClassModules], root: str, roles: Roles) ->
 
 def repeated(classes: Mapping[str, ClassModules], root: str) -> tuple[str, ...]:
     """Classes that stand in a list of the root, directly or through others, in order of definition."""
-    pending = [s.cls for path, sites in classes[root].sites.items() if path.endswith(".*") for s in sites]
+    own = {f"{m.definition.module}.{m.definition.name}": name for name, m in classes.items()}
+    listed = [s for path, sites in classes[root].sites.items() if path.endswith(".*") for s in sites]
+    called = [
+        qualified(n.value) or n.value for s in listed for n in tree.find(s.call, cst.Name)
+    ]  # also what it is given
+    pending = [own.get(name, name) for name in called]
     seen: set[str] = set()
     while pending:
         name = pending.pop()

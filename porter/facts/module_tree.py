@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import libcst as cst
 
@@ -19,7 +19,8 @@ class ModuleSite:
     """One constructor call whose result is held by an attribute.
 
     `path` is the attribute, with an index for an element of a list (`to_out.0`, `net.2`); `cls` is the qualified name of
-    a global class or the name of a class of the unit. `call` is the call's node, `statement` the line it stands in.
+    a global class or the name of a class of the unit. `call` is the call's node, `statement` the line it stands in; `choices`
+    are the constructor's variables that are one of two whole numbers.
     """
 
     owner: str
@@ -27,6 +28,7 @@ class ModuleSite:
     cls: str
     call: cst.Call
     statement: cst.SimpleStatementLine | None
+    choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def is_linear(self) -> bool:
@@ -70,6 +72,7 @@ def _modules(definition: Definition, own: Mapping[str, str]) -> ClassModules:
         return ClassModules(definition, {})
     values: dict[str, list[tuple[cst.Call, cst.SimpleStatementLine]]] = {}
     lengths: dict[str, int] = {}
+    choices = _choices(init)
 
     def add(path: str, value: cst.BaseExpression, line: cst.SimpleStatementLine) -> None:
         for call, where in _calls(value, line, values):
@@ -86,7 +89,7 @@ def _modules(definition: Definition, own: Mapping[str, str]) -> ClassModules:
                         add(f"{path}.*", comp.elt, where)
                 continue
             if cls[:1]:
-                sites.setdefault(path, []).append(ModuleSite(definition.name, path, cls, call, where))
+                sites.setdefault(path, []).append(ModuleSite(definition.name, path, cls, call, where, choices))
 
     for line in tree.find(init.body, cst.SimpleStatementLine):
         small = line.body[0]
@@ -106,6 +109,23 @@ def _modules(definition: Definition, own: Mapping[str, str]) -> ClassModules:
                     lengths[attribute] = index + 1
                     add(f"{attribute}.{index}", call.args[0].value, line)
     return ClassModules(definition, {k: tuple(v) for k, v in sites.items()})
+
+
+def _choices(init: cst.FunctionDef) -> dict[str, tuple[int, ...]]:
+    """`n = 5 if flag else 3`, for every variable assigned once."""
+    found: dict[str, tuple[int, ...]] = {}
+    seen: set[str] = set()
+    for assign in tree.find(init.body, cst.Assign):
+        target, value = assign.targets[0].target, assign.value
+        if not isinstance(target, cst.Name):
+            continue
+        found.pop(target.value, None)
+        if isinstance(value, cst.IfExp) and target.value not in seen:
+            both = [int(v.value) for v in (value.body, value.orelse) if isinstance(v, cst.Integer)]
+            if len(both) == 2:
+                found[target.value] = tuple(both)
+        seen.add(target.value)
+    return found
 
 
 def _calls(

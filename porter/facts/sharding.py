@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import libcst as cst
 
 from porter.facts.flow import WHOLE, AttentionSite, Flow, Linear
-from porter.facts.follow import Analysis, Follower, escape, flag_test
+from porter.facts.follow import Analysis, Follower, declared_blocks, escape, flag_test
 from porter.facts.module_tree import ClassModules
 from porter.source import tree
 
@@ -24,7 +24,9 @@ from porter.source import tree
 @dataclass(frozen=True, slots=True)
 class Roles:
     """Inferred roles. `across` holds norms (class, path) applied to all heads at once; `packed` the flows that a
-    row-parallel linear reads side by side."""
+    row-parallel linear reads side by side. `chunks` says how many outputs a linear computes side by side (several numbers
+    when the forward has a choice), `blocks` what the model itself says about them, as text; `optional` holds statements
+    that project attention only where the projection exists."""
 
     column: frozenset[Linear]
     row: frozenset[Linear]
@@ -33,7 +35,9 @@ class Roles:
     attention: tuple[AttentionSite, ...]
     reads: Mapping[Linear, tuple[cst.BaseExpression, ...]]
     whole: frozenset[Linear] = frozenset()
-    chunks: Mapping[Linear, int] = field(default_factory=dict)
+    chunks: Mapping[Linear, frozenset[int]] = field(default_factory=dict)
+    blocks: Mapping[Linear, str] = field(default_factory=dict)
+    optional: tuple[tuple[str, cst.If], ...] = ()
 
 
 def infer_roles(classes: Mapping[str, ClassModules], root: str) -> Roles:
@@ -43,9 +47,10 @@ def infer_roles(classes: Mapping[str, ClassModules], root: str) -> Roles:
     once for each value; a role must hold in every case.
     """
     flags = _shared_flags(classes)[:3]
+    blocks = declared_blocks(classes, "col")
     runs: list[Analysis] = []
     for values in itertools.product((True, False), repeat=len(flags)):
-        analysis = Analysis(classes, dict(zip(flags, values, strict=True)))
+        analysis = Analysis(classes, dict(zip(flags, values, strict=True)), blocks)
         for name in classes:
             Follower(analysis, name).run()
         escape(analysis, analysis.summaries.get(root, WHOLE))
@@ -77,13 +82,18 @@ def _merged(runs: list[Roles]) -> Roles:
     row = frozenset().union(*(r.row for r in runs)) - frozenset().union(*(r.whole for r in runs))
     reads: dict[Linear, tuple[cst.BaseExpression, ...]] = {}
     packed: dict[Linear, tuple[Flow, ...]] = {}
+    chunks: dict[Linear, frozenset[int]] = {}
+    optional: dict[int, tuple[str, cst.If]] = {}
     for r in runs:
         reads.update(r.reads)
         packed.update(r.packed)
+        optional.update({id(stmt): (owner, stmt) for owner, stmt in r.optional})
+        for linear, counts in r.chunks.items():
+            chunks[linear] = chunks.get(linear, frozenset()) | counts
     return Roles(
         frozenset().union(*(r.column for r in runs)), row, frozenset().union(*(r.across for r in runs)),
         {k: v for k, v in packed.items() if k in row}, attention, reads,
-        chunks={k: n for r in runs for k, n in r.chunks.items()},
+        chunks=chunks, blocks=runs[0].blocks, optional=tuple(optional.values()),
     )  # fmt: skip
 
 
@@ -93,13 +103,14 @@ def _decide(a: Analysis, excluded: set[int]) -> tuple[Roles, set[int]]:
     live -= {s for s in live if not all(f.linears for f in (a.sites[s].query, a.sites[s].key, a.sites[s].value))}
     live &= {s for flows in a.consumers.values() for f in flows for part in (f, *f.parts) for s in part.attention}
     # One linear for query, key and value: its outputs must be known side by side, or a shard would mix them.
-    live -= {s for s in live if any(x not in a.chunks for x in a.sites[s].query.linears & a.sites[s].key.linears)}
+    known = set(a.chunks) | set(a.blocks)
+    live -= {s for s in live if any(x not in known for x in a.sites[s].query.linears & a.sites[s].key.linears)}
     live -= {s for s in live if any(f.tainted for f in (a.sites[s].query, a.sites[s].key, a.sites[s].value))}
     while vetoed := {s for flows in a.consumers.values() if not _shardable(flows, live, a)
                      for f in flows for s in f.attention & live}:  # fmt: skip
         live -= vetoed
-    column = {x for s in live for f in (a.sites[s].query, a.sites[s].key, a.sites[s].value) for x in f.linears}
-    fixed = frozenset(column)
+    fixed = _projections(live, a)
+    column = set(fixed)
     row: set[Linear] = set()
     packed: dict[Linear, tuple[Flow, ...]] = {}
     for linear, flows in a.consumers.items():
@@ -117,19 +128,32 @@ def _decide(a: Analysis, excluded: set[int]) -> tuple[Roles, set[int]]:
     whole = frozenset(linear for linear in a.consumers if linear not in row)
     roles = Roles(
         frozenset(column), frozenset(row), frozenset(across), packed, tuple(a.sites.values()),
-        {k: tuple(v) for k, v in a.reads.items()}, whole, dict(a.chunks),
+        {k: tuple(v) for k, v in a.reads.items()}, whole, dict(a.chunks), a.blocks,
+        tuple((owner, stmt) for (owner, path), stmt in a.optional.items() if (owner, path) in row),
     )  # fmt: skip
     return roles, set(a.sites) - live
 
 
+def _projections(live: set[int], a: Analysis) -> frozenset[Linear]:
+    """Linears that compute query, key or value of attention that is sharded."""
+    sites = [a.sites[s] for s in live]
+    return frozenset(x for s in sites for f in (s.query, s.key, s.value) for x in f.linears)
+
+
 def _shardable(flows: list[Flow], live: set[int], a: Analysis) -> bool:
     """Whether a linear may read shards: every flow into it is sharded, and nothing whole was mixed in."""
+
+    projections = _projections(live, a)
 
     def sharded(flow: Flow) -> bool:
         if flow.tainted:
             return False
         if flow.parts:
             return all(sharded(p) for p in flow.parts)
+        if flow.linears and flow.linears <= projections & set(
+            a.blocks
+        ):  # a block of what also computes attention's input
+            return flow.elementwise and not flow.mixed
         return (bool(flow.attention & live) and not flow.mixed) or _paired(flow, a)
 
     return bool(flows) and all(sharded(f) for f in flows)

@@ -153,12 +153,95 @@ FUSED = ["self.qkv = nn.Linear(dim, dim * 3)", *linears("out")]
 def test_one_linear_for_query_key_and_value_is_sharded_when_it_is_chunked(facts):
     forward = "q, k, v = self.qkv(x).chunk(3, dim=-1)\n" + ATTEND + "return self.out(o)"
     found = facts(build(*FUSED, forward=forward)).roles
-    assert dict(found.chunks) == {("Net", "qkv"): 3} and {p for _, p in found.column} == {"qkv"}
+    assert dict(found.chunks) == {("Net", "qkv"): frozenset({3})} and {p for _, p in found.column} == {"qkv"}
 
 
 def test_one_linear_for_query_key_and_value_is_not_sharded_when_a_reshape_mixes_them(facts):
     forward = "q, k, v = self.qkv(x).reshape(1, -1, 3, 4, 8).unbind(2)\n" + ATTEND + "return self.out(o)"
     assert roles(facts, *FUSED, forward=forward) == (set(), set())
+
+
+def test_one_linear_reshaped_into_outputs_of_all_heads_is_sharded(facts):
+    stacked = "x = self.qkv(x).reshape(b, n, 3, heads, d).permute(2, 0, 3, 1, 4)\nq, k, v = x[0], x[1], x[2]\n"
+    assert roles(facts, *FUSED, forward=stacked + ATTEND + "return self.out(o)") == ({"qkv"}, {"out"})
+    between = "x = self.qkv(x).reshape(b, n, heads, 3, d).permute(3, 0, 2, 1, 4)\nq, k, v = x[0], x[1], x[2]\n"
+    assert roles(facts, *FUSED, forward=between + ATTEND + "return self.out(o)") == (set(), set())
+
+
+BLOCKED = ["self.qkv = nn.Linear(dim, dim * 3 + inner)", "self.out = nn.Linear(dim + inner, dim)"]
+PARALLEL = (
+    "qkv, up = torch.split(self.qkv(x), [y, z], dim=-1)\nq, k, v = qkv.chunk(3, dim=-1)\n" + ATTEND
+    + "return self.out(torch.cat([o.flatten(2, 3), F.gelu(up)], dim=-1))"
+)  # fmt: skip
+
+
+def test_a_split_in_blocks_that_the_model_declares_is_followed(facts):
+    note = "self.qkv._tp_packed_col_blocks = [dim] * 3 + [inner]"
+    assert roles(facts, *BLOCKED, note, forward=PARALLEL) == ({"qkv"}, {"out"})
+    assert roles(facts, *BLOCKED, forward=PARALLEL) == (set(), set())
+
+
+def test_halves_of_a_tensor_are_two_outputs_side_by_side(facts):
+    forward = "u = self.up(x)\nhalf = u.shape[-1] // 2\nreturn self.down(F.silu(u[..., :half]) * u[..., half:])"
+    found = facts(build(*linears("up", "down"), forward=forward)).roles
+    assert dict(found.chunks) == {("Net", "up"): frozenset({2})} and {p for _, p in found.row} == {"down"}
+    assert pair(facts, forward.replace("// 2", "// 3")) == (set(), set())
+
+
+GATE = """
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.SiLU()
+    def forward(self, x):
+        a, b = x.chunk(2, dim=-1)
+        return self.act(a) * b
+"""
+
+
+def test_a_class_that_acts_on_each_element_is_looked_into(facts):
+    net = build(*linears("up", "down"), "self.gate = Gate()", forward="return self.down(self.gate(self.up(x)))")
+    found = facts(GATE + net).roles
+    assert {p for _, p in found.row} == {"down"} and found.chunks["Net", "up"] == frozenset({2})
+    summing = GATE.replace("self.act(a) * b", "self.act(a) * b.sum(-1, keepdim=True)")
+    assert not facts(summing + net).roles.row
+
+
+def test_functions_of_the_forward_are_looked_into(facts):
+    local = "def split(t):\n    return t.unflatten(-1, (heads, -1))\nq, k, v = map(split, (self.q(x), self.k(x), self.v(x)))\n"
+    norms = ["self.norm = nn.RMSNorm(d)"]
+    forward = local + "q = self.norm(q)\n" + ATTEND + OUT
+    found = facts(build(*LAYERS, *norms, forward=forward, arguments="x, y, heads")).roles
+    assert {p for _, p in found.row} == ROW and not found.across
+
+
+def test_a_mask_that_is_the_same_for_all_heads_vetoes_nothing(facts):
+    assert attention(facts, QKV + ATTEND + "return self.out((o * y[:, :, None, None]).flatten(2, 3))") == (COLUMN, ROW)
+    assert attention(facts, QKV + ATTEND + "return self.out((o * y[:, :, None]).flatten(2, 3))") == (set(), set())
+    assert attention(facts, QKV + ATTEND + "return self.out(o.flatten(2, 3) * y.unsqueeze(-1))") == (COLUMN, ROW)
+
+
+def test_a_mask_is_not_the_same_for_all_heads_where_they_stand_first(facts):
+    turned = QKV + "o = F.scaled_dot_product_attention(q, k, v)\n"
+    assert attention(facts, turned + "return self.out((o * y[:, :, None, None]).flatten(2, 3))") == (set(), set())
+
+
+def test_unprojected_attention_that_meets_a_whole_tensor_is_not_sharded(facts):
+    forward = QKV + ATTEND + "o = o.flatten(2, 3)\nreturn self.out(o[:, :4]), y + o[:, 4:]"
+    assert attention(facts, forward) == (set(), set())
+
+
+def test_attention_projected_where_the_projection_exists_is_sharded_and_remembered(facts):
+    forward = QKV + ATTEND + "o = o.flatten(2, 3)\nif self.out is not None:\n    o = self.out(o)\nreturn y + o"
+    found = facts(build(*LAYERS, forward=forward, arguments="x, y, heads")).roles
+    assert {p for _, p in found.row} == ROW and len(found.optional) == 1
+
+
+def test_query_and_key_that_leave_a_function_together_stay_apart(facts):
+    together = QKV + "q, k = rotate(q, k, y)\n" + ATTEND + OUT
+    assert attention(facts, together) == (COLUMN, ROW)
+    crossed = QKV + "k, q = rotate(q, k, y)\n" + ATTEND + OUT
+    assert attention(facts, crossed) == (set(), set())
 
 
 # ---- norms, flags, several classes
