@@ -83,7 +83,9 @@ class Crew:
         # Multicast needs a fabric manager that a rented card may lack; plain NCCL is what the engine's groups use.
         for key in ("NCCL_NVLS_ENABLE", "VLLM_ALLREDUCE_USE_SYMM_MEM"):
             env.setdefault(key, "0")
-        env.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+        for key in ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS"):
+            env.setdefault(key, "1")
+        env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "8")  # several sides compile at once
         program = [sys.executable, "-P", "-m", "porter.bench.worker"]
         self.workers = {name: Worker(name, [*program, side, str(rank)], env, self.folder) for name, side, rank in names}
 
@@ -157,7 +159,7 @@ def denoisers_of(names: Sequence[str], manifest: Manifest) -> tuple[str, ...]:
 
 def workload_of(denoiser: str, options: Options) -> Workload:
     if options.tiny:
-        return tiny_workload(denoiser, options.cases)
+        return tiny_workload(denoiser, only=options.cases, most=options.most_cases)
     return load_workload(denoiser, depth=options.depth, only=options.cases, most=options.most_cases)
 
 

@@ -27,6 +27,8 @@ def explained(error: JobError | VerifyError) -> str:
 
 def device_problem(device: Mapping[str, Any], wanted: str, cards: int = 1) -> str | None:
     """Why `wanted` (cuda or cpu) can't be had on the machine that a worker describes; None when it can."""
+    if device.get("dead"):
+        return str(device["problem"])
     if wanted != "cuda":
         return None
     if not device.get("cuda"):

@@ -133,8 +133,8 @@ def parallel_verdicts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def passed(data: Mapping[str, Any]) -> bool:
     """No side failed, every port agrees, and every parallel mode that ran agrees and was sharded."""
-    judged = verdicts(data)
-    parallel = parallel_verdicts(data)
+    judged = [v for v in verdicts(data) if SIDES[v.side].subject == "port"]
+    parallel = [v for v in parallel_verdicts(data) if v["subject"] == "port"]
     ran = bool(judged or parallel)
     good = all(v.good is not False and v.error == v.error for v in judged) and all(v["good"] for v in parallel)
     return ran and good and not data["problems"]

@@ -90,31 +90,23 @@ class DiffusersSubject:
         with torch.no_grad():
             yield
 
-    def call(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        return first_tensor(self.model(**inputs, return_dict=False))
+    def fit(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return inputs
+
+    def call(self, fitted: Mapping[str, Any]) -> torch.Tensor:
+        return first_tensor(self.model(**fitted, return_dict=False))
 
     def settle(self, case: str, inputs: Mapping[str, Any]) -> None:
         """Choose the fastest attention that takes these inputs; a graph that can't be whole may break."""
         if case in self._chosen:
             self._set(self._chosen[case])
             return
-        times: dict[str, float] = {}
-        refused: dict[str, str] = {}
-        order = sorted(self._backends, key=lambda b: b not in self._chosen.values())
-        for backend in order:
-            if times and self._chosen:
-                break  # what was fastest for the first case serves the others, unless it refuses them
-            try:
-                self._set(backend)
-                self._once(inputs)
-                if len(self._backends) > 1:
-                    times[backend] = statistics.median(clock.spans(lambda: self.call(inputs), 4, self.device))
-                else:
-                    times[backend] = 0.0
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as problem:  # noqa: BLE001 - a backend that refuses is a finding
-                refused[backend] = f"{type(problem).__name__}: {str(problem)[:300]}"
+        times, refused = self._tried(inputs)
+        if not times and self._compile and self.facts["fullgraph"]:
+            self.facts["fullgraph_refused"] = f"whole graphs are refused: {refused}"
+            compiled.forget()
+            self._compile_blocks(fullgraph=False)
+            times, refused = self._tried(inputs)
         if not times:
             raise RuntimeError(f"no attention backend of Diffusers runs {case}: {refused}")
         self._chosen[case] = min(times, key=lambda b: times[b])
@@ -123,18 +115,25 @@ class DiffusersSubject:
             "chosen": self._chosen[case], "ms": {b: round(t, 3) for b, t in times.items()}, "refused": refused
         }  # fmt: skip
 
-    def _once(self, inputs: Mapping[str, Any]) -> None:
-        try:
-            self.call(inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:
-            if not (self._compile and self.facts.get("fullgraph")):
+    def _tried(self, inputs: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+        """Milliseconds by backend, and why others refuse. What was fastest for one case serves the next if it can."""
+        times: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        for backend in sorted(self._backends, key=lambda b: b not in self._chosen.values()):
+            if times and self._chosen:
+                break
+            try:
+                self._set(backend)
+                self.call(inputs)
+                several = len(self._backends) > 1
+                times[backend] = (
+                    statistics.median(clock.spans(lambda: self.call(inputs), 4, self.device)) if several else 0.0
+                )
+            except torch.OutOfMemoryError:
                 raise
-            self.facts["fullgraph_refused"] = f"{type(problem).__name__}: {str(problem)[:300]}"
-            compiled.forget()
-            self._compile_blocks(fullgraph=False)
-            self.call(inputs)
+            except Exception as problem:  # noqa: BLE001 - a backend that refuses is a finding
+                refused[backend] = f"{type(problem).__name__}: {str(problem)[:300]}"
+        return times, refused
 
     def _set(self, backend: str) -> None:
         if self.device.type == "cuda" and not self.reference:

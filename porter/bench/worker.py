@@ -65,8 +65,9 @@ class Bench:
         start = time.perf_counter()
         with self.subject.context():
             self.subject.settle(job["case"], inputs)
+            given = self.subject.fit(inputs)
             hook = self.subject.model.register_forward_pre_hook(lambda *_: calls.append(1))
-            output = self.subject.call(inputs)
+            output = self.subject.call(given)
             hook.remove()
         clock.synchronize(self.device)
         seconds = time.perf_counter() - start
@@ -83,7 +84,8 @@ class Bench:
 
         inputs = self._inputs(job)
         with self.subject.context():
-            return {"tokens": sequence_of(self.subject.model, lambda: self.subject.call(inputs))}
+            given = self.subject.fit(inputs)
+            return {"tokens": sequence_of(self.subject.model, lambda: self.subject.call(given))}
 
     def time(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """One round of timed calls."""
@@ -92,8 +94,9 @@ class Bench:
         inputs = self._inputs(job)
         with self.subject.context():
             self.subject.settle(job["case"], inputs)
+            given = self.subject.fit(inputs)
             self._meet()
-            done = clock.timed_round(lambda: self.subject.call(inputs), self.device, job.get("warm", 4), self._agreed())
+            done = clock.timed_round(lambda: self.subject.call(given), self.device, job.get("warm", 4), self._agreed())
         return {"round": done.to_json(), "compiled": compiled.statistics()}
 
     def count(self, job: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +105,8 @@ class Bench:
         inputs = self._inputs(job)
         with self.subject.context():
             self.subject.settle(job["case"], inputs)
-            return count(self.subject.model, lambda: self.subject.call(inputs), inputs)
+            given = self.subject.fit(inputs)
+            return count(self.subject.model, lambda: self.subject.call(given), inputs)
 
     def profile(self, job: Mapping[str, Any]) -> dict[str, Any]:
         from porter.bench.kernels import profiled
@@ -110,8 +114,9 @@ class Bench:
         inputs = self._inputs(job)
         with self.subject.context():
             self.subject.settle(job["case"], inputs)
-            self.subject.call(inputs)
-            return profiled(lambda: self.subject.call(inputs), self.device)
+            given = self.subject.fit(inputs)
+            self.subject.call(given)
+            return profiled(lambda: self.subject.call(given), self.device)
 
     def layers(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """A sample of every block's output: {name: tensor} in `out`."""
@@ -136,7 +141,8 @@ class Bench:
         inputs = self._inputs(job)
         with self.subject.context():
             self.subject.settle(job["case"], inputs)
-            self.subject.call(inputs)
+            given = self.subject.fit(inputs)
+            self.subject.call(given)
         for each in hooks:
             each.remove()
         torch.save(kept, job["out"])
@@ -152,7 +158,8 @@ class Bench:
         with self.subject.context():
             self.subject.settle(job["case"], inputs)
             for _ in range(job["steps"]):
-                output = self.subject.call({**inputs, "hidden_states": state.to(self.subject.dtype)})
+                given = self.subject.fit({**inputs, "hidden_states": state.to(self.subject.dtype)})
+                output = self.subject.call(given)
                 if output.shape != state.shape:
                     return {"states": 0, "reason": f"the output {list(output.shape)} is no latent {list(state.shape)}"}
                 state = state + output.float() / job["steps"]

@@ -70,13 +70,13 @@ def load_workload(
     return Workload(denoiser, cases[:most], config, cut)
 
 
-def tiny_workload(denoiser: str, only: tuple[str, ...] = ()) -> Workload:
+def tiny_workload(denoiser: str, *, only: tuple[str, ...] = (), most: int | None = None) -> Workload:
     """The first cases of the corpus that share one configuration: a dry run for a machine without an accelerator."""
     cases = load_cases(denoiser)
     if not cases:
         raise VerifyError(f"there is no tests/corpus/configs/{denoiser}.yaml")
     same = tuple(c for c in cases if c.config == cases[0].config)[:TINY_CASES]
-    return Workload(denoiser, _chosen(same, only, "the tiny workload"), cases[0].config)
+    return Workload(denoiser, _chosen(same, only, "the tiny workload")[:most], cases[0].config)
 
 
 def cut_depth(layers: Mapping[str, int], depth: int | None) -> dict[str, tuple[int, int]]:
