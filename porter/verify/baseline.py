@@ -134,6 +134,9 @@ def json_config(config):
 
 
 # ------------------------------------------------------------------------------------------------ pipelines
+GLOBAL_SEED = 20
+
+
 class Stop(Exception):
     """Ends a run early, after the wanted number of scheduler steps."""
 
@@ -270,6 +273,7 @@ def one_call(pipe, call):
             images = [Image.open(p).copy() for p in (paths if isinstance(paths, list) else [paths])]
             kwargs[name] = images if isinstance(paths, list) else images[0]
     error, output, start = None, None, time.perf_counter()
+    torch.manual_seed(GLOBAL_SEED)  # some pipelines also draw without a generator
     try:
         with torch.no_grad(), recorded(pipe, record, call.get("stop_after")):
             result = pipe(**kwargs, generator=generators(call["seed"], call.get("per_prompt", 1)))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from porter.verify import engine_session
+from porter.verify.baseline import GLOBAL_SEED
 from porter.verify.engine_requests import requests_of
 from porter.verify.manifest import Port, read_manifest
 from porter.verify.ports import register
@@ -88,6 +89,26 @@ def recorded(pipe: Any, denoisers: tuple[str, ...], record: dict[str, Any], stop
             hook.remove()
 
 
+@contextlib.contextmanager
+def seeded_encoding(pipe: Any) -> Iterator[None]:
+    """Step execution encodes several requests before it runs them; each starts from the global seed, as alone."""
+    prepare = getattr(pipe, "prepare_encode", None)
+    if prepare is None:
+        yield
+        return
+
+    @functools.wraps(prepare)
+    def prepare_encode(*args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(GLOBAL_SEED)
+        return prepare(*args, **kwargs)
+
+    pipe.prepare_encode = prepare_encode
+    try:
+        yield
+    finally:
+        del pipe.prepare_encode
+
+
 def tensor_of(output: Any) -> torch.Tensor | None:
     """The generated tensor of a DiffusionOutput; raises what the engine reports as an error."""
     if getattr(output, "error", None):
@@ -117,6 +138,7 @@ def request_mode(runner: Any, requests: list[Any], batched: bool) -> list[Any]:
         return [result.get_request_output(r.request_id).result for r in requests]
     outputs = []
     for request in requests:
+        torch.manual_seed(GLOBAL_SEED)
         result = runner.execute_model(request)
         outputs.append(result[0] if isinstance(result, list) else result)
     return outputs
@@ -161,7 +183,8 @@ def one_call(
         prepare = get_diffusion_pre_process_func(s.od_config)
         if prepare is not None:
             requests = [prepare(r) or r for r in requests]
-        with recorded(runner.pipeline, denoisers, record, call.get("stop_after")):
+        torch.manual_seed(GLOBAL_SEED)
+        with recorded(runner.pipeline, denoisers, record, call.get("stop_after")), seeded_encoding(runner.pipeline):
             results = step_mode(runner, requests) if mode == "step" else request_mode(runner, requests, batched)
         outputs = [tensor_of(r) for r in results]
     except Stop:
