@@ -85,7 +85,7 @@ class ModuleSource:
             return [n for n in self._tree.body if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
 
     @cached_property
-    def definitions(self) -> Mapping[str, TopLevel]:
+    def definitions(self) -> dict[str, TopLevel]:
         """Top-level names; definitions inside module-level `if`/`try` count, the first one wins."""
         found: dict[str, TopLevel] = {}
         for chunk in self._chunks:
@@ -103,10 +103,7 @@ class ModuleSource:
         for node in _module_level(self.blocks):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)):
                 for name in _names(node):
-                    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
-                    found.setdefault(
-                        name, TopLevel(name, type(node).__name__, first, node.lineno, node.end_lineno or first)
-                    )
+                    found.setdefault(name, _top_level(name, node))
         return found
 
     def node(self, name: str) -> ast.stmt | None:
@@ -131,8 +128,15 @@ class ModuleSource:
         try:
             (node,) = outline.statements(self.lines, chunk)
         except (SyntaxError, ValueError):
-            return next((n for n in _module_level(self._tree.body) if name in _names(n)), None)
+            return self._in_whole_parse(name)
         return node
+
+    def _in_whole_parse(self, name: str) -> ast.stmt | None:
+        """A definition whose lines the outline misjudged (code in the first column of a bracket): they are set right."""
+        found = next((n for n in _module_level(self._tree.body) if name in _names(n)), None)
+        if found is not None:
+            self.definitions[name] = _top_level(name, found)
+        return found
 
     @cached_property
     def imports(self) -> Mapping[str, str]:
@@ -157,6 +161,11 @@ class ModuleSource:
         parts = self.name.split(".")
         parts = parts[: len(parts) - node.level + (1 if self.is_package else 0)]
         return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _top_level(name: str, node: ast.stmt) -> TopLevel:
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+    return TopLevel(name, type(node).__name__, first, node.lineno, node.end_lineno or first)
 
 
 def _names(node: ast.stmt) -> list[str]:
@@ -234,10 +243,10 @@ class Library:
         """The absolute, line-marked tree of a top-level definition."""
         name = self.canonical(name)
         if name not in self._definitions:
-            entry = self.entry(name)
             parent, _, last = name.rpartition(".")
             module = self.module(parent)
             source = module.node(last) if module is not None else None
+            entry = self.entry(name)  # after `node`, which may set its lines right
             if entry is None or module is None or source is None:
                 return Unknown(f"{name} is not defined in this Diffusers source")
             node = absolutise(source, entry, module, self)

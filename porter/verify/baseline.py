@@ -58,12 +58,27 @@ def probe(module, records):
     ]
 
 
+def class_of(job):
+    """The class that a job names: of Diffusers, or of `file`, another version of the module `module_of_file`."""
+    import importlib.util
+
+    import diffusers
+
+    if not job.get("file"):
+        return getattr(diffusers, job["class"])
+    spec = importlib.util.spec_from_file_location(f"{job['module_of_file']}_changed", job["file"])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return getattr(module, job["class"])
+
+
 def job_module(job):
     """Build a denoiser of `class` from `config`, randomise it, write weights and all tensors it returns for `inputs`."""
-    import diffusers
     import torch
 
-    cls = getattr(diffusers, job["class"])
+    cls = class_of(job)
     with contextlib.redirect_stderr(open(os.devnull, "w")):
         model = randomize(cls(**job["config"]), job["seed"])
     inputs = torch.load(job["inputs"], weights_only=True) if job.get("inputs") else None
@@ -158,10 +173,9 @@ def job_signature(job):
 
 
 def load_pipeline(job):
-    import diffusers
     import torch
 
-    cls = getattr(diffusers, job["class"])
+    cls = class_of(job)
     pipe = cls.from_pretrained(job["checkpoint"], torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -292,7 +306,7 @@ def job_pipeline(job):
     """Run calls of a pipeline loaded from a checkpoint; write what happened in each to `out`."""
     import torch
 
-    key = (job["class"], job["checkpoint"])
+    key = (job["class"], job["checkpoint"], job.get("file"))
     if key not in _pipelines:
         _pipelines.clear()
         _pipelines[key] = load_pipeline(job)
@@ -325,7 +339,7 @@ def job_encode(job):
     """What the pipeline's encode_prompt returns for `kwargs`, by position."""
     import torch
 
-    key = (job["class"], job["checkpoint"])
+    key = (job["class"], job["checkpoint"], job.get("file"))
     if key not in _pipelines:
         _pipelines.clear()
         _pipelines[key] = load_pipeline(job)

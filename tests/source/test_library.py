@@ -112,3 +112,10 @@ def test_source_without_a_version_is_refused(shelf):
     with pytest.raises(PorterError) as error:
         open_library(shelf.root)
     assert error.value.diagnostics[0].code == "PORT002"
+
+
+def test_code_in_the_first_column_of_a_bracket_does_not_cut_a_definition(shelf):
+    text = "def f(x):\n    y = (\nx + 1\n)\n    return y\n\n\ndef g():\n    return 2\n"
+    library = shelf.write({"m.py": text}).library
+    assert len(library.definition("diffusers.m.f").node.body.body) == 2
+    assert library.entry("diffusers.m.f").last_line == 5
