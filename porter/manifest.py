@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class PortEntry:
                 {"status": feature.status, "reason": feature.reason} if unsupported else {"status": UNTESTED}
             )
         features.update(_proven(entry, files, proven))
+        features.update(_derived([by_source[d.source] for d in port.denoisers], features))
         return _with_features(entry, features)
 
     @classmethod
@@ -78,6 +79,7 @@ class PortEntry:
         if blocked is not None:
             place = f" at {blocked.span.file}:{blocked.span.line}" if blocked.span else ""
             features["pipeline"] = {"status": "unsupported", "reason": f"{blocked.code}{place}: {blocked.message}"}
+        features.update(_derived([transformers[q] for q in target.denoisers.values()], features))
         return _with_features(entry, features)
 
     def row(self) -> dict[str, Any]:
@@ -97,6 +99,14 @@ class PortEntry:
 
 def _denoiser(port: TransformerPort) -> dict[str, str]:
     return {"source": f"diffusers.{port.class_name}", "module": port.module, "class": port.class_name}
+
+
+def _derived(ports: Sequence[TransformerPort], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What conversion itself found out about the denoisers: a mode that can't be derived is unsupported."""
+    reason = next((p.whole_sequence for p in ports if p.whole_sequence is not None), None)
+    if reason is not None:
+        return {"sequence_parallel": {"status": "unsupported", "reason": reason}}
+    return {} if "sequence_parallel" in known else {"sequence_parallel": {"status": UNTESTED}}
 
 
 def _proven(entry: PortEntry, files: Mapping[str, str], proven: Mapping[str, Any]) -> dict[str, Any]:

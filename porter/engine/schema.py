@@ -11,9 +11,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 Scalar = str | int | float | bool | None
 Names = str | list[str]
-Phase = Literal["normalize", "lower", "optimise", "tidy"]
+Phase = Literal["normalize", "lower", "shard", "optimise", "tidy"]
 Scope = Literal["transformer", "pipeline", "any"]
-PHASES: tuple[Phase, ...] = ("normalize", "lower", "optimise", "tidy")
+PHASES: tuple[Phase, ...] = ("normalize", "lower", "shard", "optimise", "tidy")
 Code = Annotated[str, Meta(description="a code of the diagnostics catalogue", pattern=r"^PORT\d{3}$")]
 
 

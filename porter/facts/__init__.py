@@ -5,4 +5,5 @@ from __future__ import annotations
 
 def load() -> None:
     """Import the modules that register facts for rules."""
-    import porter.facts.layers  # noqa: F401
+    import porter.facts.layers
+    import porter.facts.sequence.sites  # noqa: F401

@@ -12,8 +12,9 @@ from porter.engine.absolute_text import absolutise_text
 from porter.engine.schema import Phase
 from porter.facts.module_tree import module_tree
 from porter.facts.projections import Merge
+from porter.facts.sequence.plan import sequence_plan
 from porter.facts.tensor_parallel import tensor_parallel
-from porter.model import Definition, Diagnostic, SiteStatus, Unit
+from porter.model import Definition, Diagnostic, SiteStatus, Unit, Unknown
 from porter.source import tree
 from porter.source.library import Library
 from porter.source.names import absolute
@@ -40,6 +41,8 @@ class TransformerPort:
     definitions: tuple[Definition, ...]
     local: dict[str, str]
     merges: tuple[Merge, ...]
+    whole_sequence: str | None
+    """Why ranks can't share a sequence; None if they can."""
     decisions: dict[str, str]
     diagnostics: tuple[Diagnostic, ...]
     statuses: tuple[SiteStatus, ...]
@@ -55,6 +58,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     unit = Unit(fold(model, names), names[id(model.root)])
     roles_by_class = {names[id(s)]: attention_role(s) or "self" for s in model.used()}
     unit, merges = _lower(run, unit, roles_by_class)
+    unit, whole = _shard(run, unit, library)
     extra = _templates(unit)
     unit = _surface(unit, policy, list(merges), model)
     unit = run.rules(unit, "tidy")
@@ -68,7 +72,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     local = {**own, **closure.local, **{f"{TEMPLATE_MODULE}.{d.name}": d.name for d in extra}}
     return TransformerPort(
         model.root.qualified, unit.root, folder, f"{folder}_transformer", definitions, local, merges,
-        closure.decisions, (*run.diagnostics, *closure.diagnostics), tuple(run.statuses), run.edits,
+        whole, closure.decisions, (*run.diagnostics, *closure.diagnostics), tuple(run.statuses), run.edits,
     )  # fmt: skip
 
 
@@ -102,6 +106,13 @@ def _lower(run: _Run, unit: Unit, attention_roles: dict[str, str]) -> tuple[Unit
         d.with_node(tidy.after_lowering(d.node)) if isinstance(d.node, cst.ClassDef) else d for d in unit.definitions
     ]
     return replace(unit, definitions=tuple(tidied)), merges
+
+
+def _shard(run: _Run, unit: Unit, library: Library) -> tuple[Unit, str | None]:
+    """The sequence-parallel plan, by the rules of phase `shard`; or why there is none."""
+    unit = replace(unit, facts={"library": library})
+    plan = sequence_plan(unit)
+    return run.rules(unit, "shard"), plan.reason if isinstance(plan, Unknown) else None
 
 
 def _templates(unit: Unit) -> tuple[Definition, ...]:

@@ -60,9 +60,9 @@ def job_module(job: Mapping[str, Any]) -> dict[str, Any]:
         if job.get("probe"):
             root = module_file(job["generated"], job["folder"], job["module"]).parent
             probes.attach(model, root, records)
-        output = s.call(model, inputs, sp_hooks=sp and job["world"] > 1)
+        output = s.call(model, inputs)
     torch.save({"output": output, "records": records}, job["out"])
-    return answer | {"sequence_lengths": sharded[:64]}
+    return answer | {"sequence_lengths": sharded}
 
 
 def block_elements(model: torch.nn.Module) -> dict[str, int]:
@@ -115,9 +115,8 @@ def _watch_sequence(model: torch.nn.Module, seen: list[int]) -> None:
                 return
 
     for child in model.modules():
-        if isinstance(child, torch.nn.ModuleList):
-            for block in child:
-                block.register_forward_pre_hook(hook, with_kwargs=True)
+        if type(child).__name__ in model._repeated_blocks:
+            child.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def job_weights(job: Mapping[str, Any]) -> dict[str, Any]:

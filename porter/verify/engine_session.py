@@ -89,13 +89,9 @@ class Session:
         with self.build_context():
             return set(module.load_weights(iter([(n, w.clone()) for n, w in weights.items()])) or ())
 
-    def call(self, module: torch.nn.Module, inputs: Mapping[str, Any], *, sp_hooks: bool = False) -> list[torch.Tensor]:
-        """Every tensor that the denoiser returns for keyword inputs, in order."""
-        from vllm_omni.diffusion.forward_context import get_forward_context
-
+    def call(self, module: torch.nn.Module, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """Every tensor that the denoiser returns for keyword inputs, in order. The context is a new one, as the runner's."""
         with torch.no_grad(), self.forward_context():
-            if sp_hooks:
-                get_forward_context().sp_plan_hooks_applied = True
             return tensors_of(module(**inputs))
 
 

@@ -1,0 +1,734 @@
+"""Follow a forward with abstract values: tokens that are divided between ranks, and tensors every rank has in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import libcst as cst
+
+from porter.facts.sequence import operations, shapes
+from porter.facts.sequence.classes import Classes
+from porter.facts.sequence.tables import Entry
+from porter.facts.sequence.values import (
+    FIXED,
+    NONE,
+    OTHER,
+    Conflict,
+    Const,
+    Either,
+    Functions,
+    Instance,
+    Length,
+    Many,
+    Modules,
+    NotShardable,
+    Partial,
+    Tokens,
+    Value,
+    Whole,
+    flattened,
+    has_tokens,
+    joined,
+    merged,
+    opaque,
+    whole,
+    with_rank,
+)  # fmt: skip
+from porter.source import tree
+from porter.source.names import qualified
+
+ATTENTION = "vllm_omni.diffusion.attention.layer.Attention"
+METADATA = "vllm_omni.diffusion.attention.backends.abstract.AttentionMetadata"
+Env = dict[str, Value]
+MAX_DEPTH = 24
+TEXT = "encoder_hidden_states"
+"""The one optional input that is always given: a denoiser is conditioned on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionUse:
+    """What one attention call was given: the streams of query and key (None: every rank has it in full), and its mask.
+
+    `origin` is the attribute of the root through which the layer was reached.
+    """
+
+    owner: str
+    origin: str
+    call: cst.Call
+    query: tuple[str, ...] | None
+    key: tuple[str, ...] | None
+    mask: Value
+
+
+@dataclass
+class Findings:
+    """What following a forward brings up."""
+
+    attention: dict[int, list[AttentionUse]] = field(default_factory=dict)
+    met: set[Entry] = field(default_factory=set)
+    calls: dict[tuple[object, ...], Value] = field(default_factory=dict)
+
+
+class Frame:
+    """One call of one function."""
+
+    def __init__(self, classes: Classes, findings: Findings, owner: str, origin: str = "", depth: int = 0) -> None:
+        self.classes, self.findings, self.owner, self.origin, self.depth = classes, findings, owner, origin, depth
+        self.returned: list[Value] = []
+        self.functions: dict[str, cst.FunctionDef] = {}
+
+    # -- statements --------------------------------------------------------------------------------------------------
+    def block(self, stmts: list[cst.BaseStatement], env: Env) -> bool:
+        """Follow statements; whether the end is reached."""
+        return all(self.statement(stmt, env) for stmt in stmts)
+
+    def statement(self, stmt: cst.BaseStatement, env: Env) -> bool:
+        if isinstance(stmt, cst.SimpleStatementLine):
+            return all(self.small(s, env) for s in stmt.body)
+        if isinstance(stmt, cst.If):
+            return self.branch(stmt, env)
+        if isinstance(stmt, cst.For):
+            for value in self.iterated(stmt.iter, env):
+                self.bind(stmt.target, value, env)
+                self.block(tree.body(stmt), env)
+        elif isinstance(stmt, (cst.While, cst.With, cst.Try)):
+            return self.block(tree.body(stmt), env)  # type: ignore[arg-type]
+        elif isinstance(stmt, cst.FunctionDef):
+            self.functions[stmt.name.value] = stmt
+        return True
+
+    def small(self, small: cst.BaseSmallStatement, env: Env) -> bool:
+        try:
+            return self._small(small, env)
+        except NotShardable as problem:
+            problem.where = problem.where or " ".join(tree.code(small).split())[:90]
+            raise
+
+    def _small(self, small: cst.BaseSmallStatement, env: Env) -> bool:
+        if isinstance(small, cst.Return):
+            self.returned.append(self.eval(small.value, env) if small.value is not None else NONE)
+            return False
+        if isinstance(small, (cst.Raise, cst.Continue, cst.Break)):
+            return not isinstance(small, cst.Raise)
+        if isinstance(small, cst.Assign):
+            value = self.eval(small.value, env)
+            for target in small.targets:
+                self.bind(target.target, value, env)
+        elif isinstance(small, cst.AnnAssign) and small.value is not None:
+            self.bind(small.target, self.eval(small.value, env), env)
+        elif isinstance(small, cst.AugAssign):
+            value = operations.combine([self.eval(small.target, env), self.eval(small.value, env)], self.findings.met)
+            self.bind(small.target, value, env)
+        elif isinstance(small, cst.Expr):
+            self.eval(small.value, env)
+        return True
+
+    def branch(self, stmt: cst.If, env: Env) -> bool:
+        truth = self.truth(stmt.test, env)
+        then, other = dict(env), dict(env)
+        self.refine(stmt.test, then)
+        reached = self.block(tree.body(stmt), then) if truth is not False else None
+        if truth is True:
+            reached_other = None
+        elif isinstance(stmt.orelse, cst.If):
+            reached_other = self.branch(stmt.orelse, other)
+        else:
+            reached_other = self.block(tree.body(stmt.orelse), other) if stmt.orelse is not None else True
+        ends = [e for e, r in ((then, reached), (other, reached_other)) if r]
+        if not ends:
+            return False
+        for name in {n for e in ends for n in e}:
+            value: Value | None = None
+            for each in ends:
+                value = merged(value, each.get(name))
+            env[name] = value if value is not None else OTHER
+        return True
+
+    def refine(self, test: cst.BaseExpression, env: Env) -> None:
+        """`if x.ndim == 3`: what is known of x inside."""
+        if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
+            name, number = _tested_rank(test)
+            if name in env and number is not None:
+                env[name] = with_rank(env[name], number)
+        elif isinstance(test, cst.BooleanOperation) and isinstance(test.operator, cst.And):
+            self.refine(test.left, env)
+            self.refine(test.right, env)
+
+    def truth(self, test: cst.BaseExpression, env: Env) -> bool | None:
+        """Value of a test, or None where it is not known."""
+        if isinstance(test, cst.UnaryOperation) and isinstance(test.operator, cst.Not):
+            inner = self.truth(test.expression, env)
+            return None if inner is None else not inner
+        if isinstance(test, cst.BooleanOperation):
+            left, right = self.truth(test.left, env), self.truth(test.right, env)
+            decisive = isinstance(test.operator, cst.Or)
+            if decisive in (left, right):
+                return decisive
+            return None if None in (left, right) else not decisive
+        if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
+            return self.compared(test, env)
+        value = self.eval(test, env)
+        return bool(value.value) if isinstance(value, Const) else None
+
+    def compared(self, test: cst.Comparison, env: Env) -> bool | None:
+        target = test.comparisons[0]
+        negated = isinstance(target.operator, (cst.IsNot, cst.NotEqual))
+        if not negated and not isinstance(target.operator, (cst.Is, cst.Equal)):
+            return None
+        name, number = _tested_rank(test)
+        if name in env and number is not None:
+            value = env[name]
+            return (value.rank == number) != negated if isinstance(value, Tokens) else None
+        left, right = self.eval(test.left, env), self.eval(target.comparator, env)
+        if isinstance(left, Const) and isinstance(right, Const):
+            return (left.value == right.value) != negated
+        if right == NONE and isinstance(left, (Tokens, Many, Instance, Modules, Length)):
+            return negated
+        if right == NONE and isinstance(left, Whole) and (left.name == TEXT or left.kind in ("view", "join", "opaque")):
+            return negated
+        return None
+
+    def bind(self, target: cst.BaseExpression, value: Value, env: Env) -> None:
+        if isinstance(target, cst.Name):
+            env[target.value] = value.alone() if isinstance(value, Either) else value
+        elif isinstance(target, (cst.Tuple, cst.List)):
+            for item, each in zip(target.elements, unpacked(value, len(target.elements)), strict=True):
+                self.bind(item.value, each, env)
+        elif isinstance(target, cst.Subscript):
+            if has_tokens(value) and not has_tokens(self.eval(target.value, env)):
+                raise NotShardable("tokens are written into a tensor that every rank has in full")
+            operations.combine([self.eval(target, env), value], self.findings.met)
+
+    def iterated(self, node: cst.BaseExpression, env: Env) -> list[Value]:
+        """Values of the loop variable, one after the other."""
+        name = tree.call_name(node)
+        if isinstance(node, cst.Call) and name in ("enumerate", "zip", "reversed"):
+            columns = [self.iterated(a.value, env) for a in node.args if a.keyword is None]
+            if name == "reversed":
+                return columns[0][::-1]
+            if name == "enumerate":
+                counted = isinstance(self.eval(node.args[0].value, env), Many)
+                return [Many((Const(i) if counted else OTHER, v)) for i, v in enumerate(columns[0])]
+            longest = max(len(c) for c in columns)
+            return [Many(tuple(c[min(i, len(c) - 1)] if c else OTHER for c in columns)) for i in range(longest)]
+        value = self.eval(node, env)
+        if isinstance(value, Modules):
+            return list(value.chain) or [value.element, value.element]
+        if isinstance(value, Many):
+            return list(value.items[:16])
+        if isinstance(value, Tokens):
+            raise NotShardable("a loop goes over a tensor of tokens")
+        return [opaque([value]) if isinstance(value, Whole) else OTHER] * 2
+
+    # -- expressions -------------------------------------------------------------------------------------------------
+    def eval(self, node: cst.BaseExpression, env: Env) -> Value:
+        value = self._eval(node, env)
+        if isinstance(value, Conflict):
+            raise NotShardable(f"{tree.code(node)[:40]}: {value.reason}")
+        return value
+
+    def _eval(self, node: cst.BaseExpression, env: Env) -> Value:
+        if isinstance(node, cst.Name):
+            constants: dict[str, Value] = {"None": NONE, "True": Const(True), "False": Const(False)}
+            return constants.get(node.value) or env.get(node.value) or self.globals(node.value)
+        if isinstance(node, (cst.Integer, cst.Float, cst.SimpleString)):
+            return Const(tree.literal_value(node.value))
+        if isinstance(node, cst.Attribute):
+            return self.attribute(node, env)
+        if isinstance(node, (cst.Tuple, cst.List)):
+            return Many(tuple(v for e in node.elements for v in self.spread(e, env)))
+        if isinstance(node, cst.Subscript):
+            return self.subscript(node, env)
+        if isinstance(node, cst.BinaryOperation):
+            return self.binary(node, env)
+        if isinstance(node, cst.UnaryOperation):
+            return self.unary(node, env)
+        if isinstance(node, cst.IfExp):
+            truth = self.truth(node.test, env)
+            if truth is not None:
+                return self.eval(node.body if truth else node.orelse, env)
+            return merged(self._eval(node.body, env), self._eval(node.orelse, env))
+        if isinstance(node, cst.Call):
+            return self.call(node, env)
+        if isinstance(node, (cst.ListComp, cst.GeneratorExp)):
+            return self.comprehension(node, env)
+        if isinstance(node, cst.BooleanOperation):
+            return merged(self._eval(node.left, env), self._eval(node.right, env))
+        if isinstance(node, cst.Comparison):
+            values = [self.eval(node.left, env), *(self.eval(c.comparator, env) for c in node.comparisons)]
+            return (
+                operations.combine(values, self.findings.met) if any(isinstance(v, Tokens) for v in values) else OTHER
+            )
+        return OTHER
+
+    def globals(self, name: str) -> Value:
+        """A global: a function, or a table of functions."""
+        known = qualified(name)
+        table = self.classes.table(known) if known is not None else None
+        if known is None or table is None:
+            return (
+                Functions(((known, ()),)) if known is not None and self.classes.function(known) is not None else OTHER
+            )
+        options = [self.eval(e.value, {}) for e in table.elements if isinstance(e, cst.DictElement)]
+        found = [o for v in options if isinstance(v, Functions) for o in v.options]
+        return Functions(tuple(found)) if found else OTHER
+
+    def spread(self, element: cst.BaseElement, env: Env) -> list[Value]:
+        value = self.eval(element.value, env)
+        if isinstance(element, cst.StarredElement):
+            return list(value.items) if isinstance(value, Many) else [value]
+        return [value]
+
+    def attribute(self, node: cst.Attribute, env: Env) -> Value:
+        owner, name = self.eval(node.value, env), node.attr.value
+        if isinstance(owner, Instance):
+            found = self.classes.attribute(owner, name)
+            return _from(found, name) if self.depth == 0 and tree.self_attribute(node) else found
+        if isinstance(owner, Tokens):
+            if name in ("T", "mT"):
+                raise NotShardable("tokens are transposed")
+            if name == "shape":
+                return shapes.shape(owner)
+            return owner if name in ("real", "imag", "data") else Const(owner.rank) if name == "ndim" else OTHER
+        if isinstance(owner, Whole) and name in ("real", "imag", "data"):
+            return owner
+        if isinstance(owner, Partial):
+            return OTHER
+        return OTHER
+
+    def subscript(self, node: cst.Subscript, env: Env) -> Value:
+        owner = self.eval(node.value, env)
+        if isinstance(owner, Modules):
+            index = self._index(node, env)
+            at = shapes.number(index)
+            return owner.chain[at] if owner.chain and at is not None and at < len(owner.chain) else owner.element
+        if isinstance(owner, Many):
+            return self.picked(owner, node, env)
+        if isinstance(owner, Either):
+            return self.apart(owner)
+        if isinstance(owner, Tokens):
+            return self.indexed(owner, node, env)
+        if isinstance(owner, Whole):
+            return self.whole_indexed(owner, node, env)
+        return owner
+
+    @staticmethod
+    def apart(value: Either) -> Value:
+        """What is left of options that are treated as one tensor."""
+        if has_tokens(value):
+            raise NotShardable("it is divided on one path and not on the other")
+        return joined(flattened(value))
+
+    def _index(self, node: cst.Subscript, env: Env) -> Value:
+        only = node.slice[0].slice
+        return self.eval(only.value, env) if len(node.slice) == 1 and isinstance(only, cst.Index) else OTHER
+
+    def picked(self, owner: Many, node: cst.Subscript, env: Env) -> Value:
+        only = node.slice[0].slice
+        if isinstance(only, cst.Slice):
+            low = shapes.number(self.eval(only.lower, env)) if only.lower is not None else None
+            high = shapes.number(self.eval(only.upper, env)) if only.upper is not None else None
+            return Many(owner.items[low:high])
+        at = shapes.number(self._index(node, env))
+        if at is not None and -len(owner.items) <= at < len(owner.items):
+            return owner.items[at]
+        value: Value | None = None
+        for each in owner.items:
+            value = merged(value, each)
+        return value if value is not None else OTHER
+
+    def indexed(self, x: Tokens, node: cst.Subscript, env: Env) -> Value:
+        """`x[...]` of tokens: the token axis only by whole streams."""
+        spelled = [e.slice for e in node.slice]
+        dots = [i for i, e in enumerate(spelled) if isinstance(e, cst.Index) and isinstance(e.value, cst.Ellipsis)]
+        taken = sum(not (isinstance(e, cst.Index) and (isinstance(e.value, cst.Ellipsis) or tree.code(e.value) == "None"))
+                    for e in spelled)  # fmt: skip
+        axis = 0
+        result, removed, added = x, 0, 0
+        for position, each in enumerate(spelled):
+            if position in dots:
+                axis += x.rank - taken
+                continue
+            if isinstance(each, cst.Index) and tree.code(each.value) == "None":
+                added += axis <= x.axis
+                result = Tokens(result.rank + 1, result.axis, result.parts)
+                continue
+            if axis == x.axis:
+                if not isinstance(each, cst.Slice) or each.step is not None:
+                    raise NotShardable("single tokens are picked")
+                low = self.eval(each.lower, env) if each.lower is not None else None
+                high = self.eval(each.upper, env) if each.upper is not None else None
+                result = shapes.taken(result, low, high)
+            elif isinstance(each, cst.Index):
+                if isinstance(self.eval(each.value, env), Tokens):
+                    raise NotShardable("tokens are picked by an index")
+                removed += axis < x.axis
+                result = Tokens(result.rank - 1, result.axis, result.parts)
+            axis += 1
+        return Tokens(result.rank, x.axis - removed + added, result.parts)
+
+    def whole_indexed(self, owner: Whole, node: cst.Subscript, env: Env) -> Value:
+        entries: list[str] = []
+        for each in (e.slice for e in node.slice):
+            if isinstance(each, cst.Slice):
+                bounds = [self.eval(b, env) for b in (each.lower, each.upper, each.step) if b is not None]
+                if has_tokens(*bounds):
+                    raise NotShardable("a tensor that every rank has in full is cut to this rank's number of tokens")
+                entries.append("part" if bounds else "all")
+            elif isinstance(each.value, cst.Ellipsis):  # type: ignore[attr-defined]
+                entries.append("...")
+            else:
+                value = self.eval(each.value, env)  # type: ignore[attr-defined]
+                if has_tokens(value):
+                    raise NotShardable("entries of a table are picked by tokens")
+                entries.append("new" if value == NONE else "one")
+        if entries == ["one"]:
+            at = shapes.number(self._index(node, env))
+            return whole("item", args=(at,), base=(owner,)) if at is not None else opaque([owner])
+        return whole("view", op="index", args=tuple(entries), base=(owner,))
+
+    def unary(self, node: cst.UnaryOperation, env: Env) -> Value:
+        value = self.eval(node.expression, env)
+        if isinstance(node.operator, cst.Minus):
+            if isinstance(value, Const) and isinstance(value.value, (int, float)):
+                return Const(-value.value)
+            if isinstance(value, Length):
+                return Length(value.parts, not value.negative)
+        return OTHER if isinstance(node.operator, cst.Not) else value
+
+    def binary(self, node: cst.BinaryOperation, env: Env) -> Value:
+        left, right = self.eval(node.left, env), self.eval(node.right, env)
+        if isinstance(node.operator, (cst.Add, cst.Subtract)) and (
+            isinstance(left, Length) or isinstance(right, Length)
+        ):
+            return shapes.lengths(left, right, 1 if isinstance(node.operator, cst.Add) else -1)
+        if isinstance(left, Many) and isinstance(right, Many) and isinstance(node.operator, cst.Add):
+            return Many((*left.items, *right.items))
+        if isinstance(node.operator, cst.MatrixMultiply) and has_tokens(left, right):
+            if isinstance(left, Tokens) and not has_tokens(right):
+                return operations.method("matmul", left, [right], {}, self.findings.met)
+            raise NotShardable("tokens are multiplied with tokens outside the attention layer")
+        if isinstance(left, Const) and isinstance(right, Const):
+            return _arithmetic(node.operator, left.value, right.value)
+        return operations.combine([left, right], self.findings.met)
+
+    def comprehension(self, node: cst.ListComp | cst.GeneratorExp, env: Env) -> Value:
+        inner = dict(env)
+        values: list[Value] = []
+        builtin = tree.call_name(node.for_in.iter) in ("enumerate", "zip", "range", "reversed")
+        iterable = None if builtin else self.eval(node.for_in.iter, env)
+        for each in self.iterated(node.for_in.iter, env):
+            self.bind(node.for_in.target, each, inner)
+            values.append(self.eval(node.elt, inner))
+        if isinstance(iterable, Many):
+            return Many(tuple(values))
+        value: Value | None = None
+        for each in values:
+            value = merged(value, each)
+        if value is not None and has_tokens(value):
+            raise NotShardable("a list of tokens of unknown length is made")
+        return opaque([value]) if value is not None and isinstance(value, (Whole, Many)) else OTHER
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+    def call(self, node: cst.Call, env: Env) -> Value:
+        args, kwargs = self.arguments(node, env)
+        name = (qualified(node.func.value) or node.func.value) if isinstance(node.func, cst.Name) else ""
+        if isinstance(node.func, cst.Name) and node.func.value in self.functions:
+            return self.run(self.functions[node.func.value], args, kwargs, self.owner, None, env)
+        if name == "map" and len(args) == 2 and isinstance(args[1], Many) and isinstance(node.args[0].value, cst.Name):
+            function = self.functions.get(node.args[0].value.value)
+            if function is not None:
+                return Many(tuple(self.run(function, [v], {}, self.owner, None, env) for v in args[1].items))
+        known = env.get(node.func.value) if isinstance(node.func, cst.Name) else None
+        if isinstance(known, Functions):
+            return self.tabled(known, args, kwargs)
+        if isinstance(node.func, cst.Name) and not isinstance(known, (Instance, Partial, Modules)):
+            return self.named(name, args, kwargs)
+        if isinstance(node.func, cst.Attribute):
+            owner = self.eval(node.func.value, env)
+            method = node.func.attr.value
+            if isinstance(owner, Tokens):
+                if method in ("to", "type_as"):
+                    return owner
+                return operations.method(method, owner, args, kwargs, self.findings.met)
+            if isinstance(owner, Whole):
+                if any(isinstance(v, Tokens) for v in (*args, *kwargs.values())) and method in operations.ELEMENTWISE:
+                    if method in ("to", "type_as", "expand_as"):
+                        return owner
+                    return operations.combine([owner, *args], self.findings.met)
+                if method in ("new_ones", "new_zeros", "new_full", "new_empty"):
+                    return operations.made(args)
+                return operations.whole_method(method, owner, args, kwargs)
+            if isinstance(owner, Many):
+                return self.on_list(node, owner, method, args, env)
+            if isinstance(owner, Functions):
+                return owner
+            if isinstance(owner, Either):
+                return owner if method in operations.ELEMENTWISE else self.apart(owner)
+        target = self.eval(node.func, env)
+        if isinstance(target, Modules):
+            return self.chained(target, args, kwargs)
+        if isinstance(target, Instance):
+            return self.module(node, target, args, kwargs, env)
+        if isinstance(target, Partial) and target.owner is not None:
+            return self.methods(target, args, kwargs)
+        if has_tokens(*args, *kwargs.values()):
+            raise NotShardable(f"{tree.code(node.func)[:60]} is given tokens")
+        return opaque([*args, *kwargs.values()])
+
+    def arguments(self, node: cst.Call, env: Env) -> tuple[list[Value], dict[str, Value]]:
+        args: list[Value] = []
+        kwargs: dict[str, Value] = {}
+        for arg in node.args:
+            value = self._eval(arg.value, env)
+            if arg.keyword is not None:
+                kwargs[arg.keyword.value] = value
+            elif arg.star == "*":
+                args += value.items if isinstance(value, Many) else [value]
+            elif arg.star == "":
+                args.append(value)
+        return args, kwargs
+
+    def on_list(self, node: cst.Call, owner: Many, method: str, args: list[Value], env: Env) -> Value:
+        if method == "append" and isinstance(node.func, cst.Attribute) and isinstance(node.func.value, cst.Name):
+            if len(owner.items) < 64:
+                env[node.func.value.value] = Many((*owner.items, *args))
+            return NONE
+        if method == "pop" and owner.items:
+            value: Value | None = None
+            for each in owner.items:
+                value = merged(value, each)
+            return value if value is not None else OTHER
+        return OTHER
+
+    def named(self, name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        """A function or class by its name."""
+        everything = [*args, *kwargs.values()]
+        if name in ("tuple", "list") and len(args) == 1:
+            return args[0]
+        if name == "len":
+            return OTHER
+        if name == "getattr" and len(args) >= 2 and isinstance(args[0], Instance) and isinstance(args[1], Const):
+            return self.classes.attribute(args[0], str(args[1].value))
+        if name in ("isinstance", "print", "range", "hasattr", "str", "callable", "getattr", "type"):
+            return OTHER
+        if name in ("int", "max", "min", "float", "sum") and not any(isinstance(v, Tokens) for v in everything):
+            if name == "int" and len(args) == 1:
+                return args[0]
+            if has_tokens(*everything):
+                raise NotShardable("the number of tokens is used in arithmetic")
+            return OTHER
+        if name == "functools.partial" and args and isinstance(args[0], Functions):
+            more = tuple(kwargs.items())
+            return Functions(tuple((n, (*k, *more)) for n, k in args[0].options))
+        if name == METADATA:
+            return kwargs.get("attn_mask", args[0] if args else NONE)
+        function = self.classes.function(name)
+        if function is not None:
+            return self.run(function, args, kwargs, "", None, {})
+        if has_tokens(*everything):
+            return operations.function(name, args, kwargs, self.findings.met)
+        if name.startswith(operations._FUNCTIONS):
+            short = name.rpartition(".")[2]
+            if short in ("cat", "concat", "stack") and args and isinstance(args[0], Many):
+                dim = shapes.number(kwargs.get("dim", args[1] if len(args) > 1 else None))
+                return joined(list(args[0].items)) if dim == -1 and short == "cat" else opaque(everything)
+            if args and isinstance(args[0], (Whole, Many)):
+                return operations.whole_method(short, args[0], args[1:], kwargs)
+            return opaque(everything)
+        return opaque(everything, name)
+
+    def tabled(self, functions: Functions, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        """Call of a function out of a table: every one of them may be meant."""
+        result: Value | None = None
+        for name, bound_already in functions.options:
+            function = self.classes.function(name)
+            assert function is not None
+            value = self.run(function, args, {**dict(bound_already), **kwargs}, "", None, {})
+            result = value if result is None else merged(result, value)
+        return result if result is not None else OTHER
+
+    def chained(self, modules: Modules, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        """Call of a Sequential."""
+        value = args[0] if args else OTHER
+        for each in modules.chain or (modules.element,):
+            value = self.module(None, each, [value], kwargs, {})
+        return value
+
+    def module(
+        self, node: cst.Call | None, target: Instance, args: list[Value], kwargs: dict[str, Value], env: Env
+    ) -> Value:
+        """Call of a module: attention, a class that can be followed, or one that acts on the last axis."""
+        result: Value | None = None
+        for cls in target.classes:
+            if cls == ATTENTION:
+                assert node is not None
+                value = self.attend(node, args, kwargs)
+            elif (forward := self.classes.method(cls, "forward")) is not None and not operations.pointwise(cls):
+                receiver = Instance((cls,), target.origin or self.origin)
+                value = self.run(forward, args, kwargs, cls, receiver, {})
+            elif operations.pointwise(cls):
+                value = operations.apply_pointwise(cls, args[0] if args else OTHER)
+            elif has_tokens(*args, *kwargs.values()):
+                raise NotShardable(f"{cls.rpartition('.')[2]} may mix tokens")
+            else:
+                value = opaque([*args, *kwargs.values()], cls)
+            result = value if result is None else merged(result, value)
+        return result if result is not None else OTHER
+
+    def methods(self, target: Partial, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        assert target.owner is not None
+        function = self.classes.method(target.owner, target.name)
+        if function is None:
+            return opaque([*args, *kwargs.values()])
+        return self.run(function, args, kwargs, target.owner, Instance((target.owner,), self.origin), {})
+
+    def attend(self, node: cst.Call, args: list[Value], kwargs: dict[str, Value]) -> Value:
+        labelled = {**dict(zip(("query", "key", "value", "attn_metadata"), args, strict=False)), **kwargs}
+        query, key, value = (labelled.get(n, OTHER) for n in ("query", "key", "value"))
+        for each in (query, key, value):
+            if isinstance(each, Tokens) and (each.rank, each.axis) != (4, 1):
+                raise NotShardable("the axis attention goes over is not the one of the tokens")
+        if isinstance(key, Tokens) != isinstance(value, Tokens) or (key != value and isinstance(key, Tokens)):
+            raise NotShardable("key and value hold different tokens")
+        if isinstance(key, Tokens) and not isinstance(query, Tokens):
+            raise NotShardable("queries that every rank has in full attend to tokens")
+        use = AttentionUse(
+            self.owner, self.origin, node, query.parts if isinstance(query, Tokens) else None,
+            key.parts if isinstance(key, Tokens) else None, labelled.get("attn_metadata", NONE),
+        )  # fmt: skip
+        mask = use.mask
+        if isinstance(mask, Tokens) and use.key is not None and mask.parts != use.key:
+            _same_tokens(mask, use.key)
+        seen = self.findings.attention.setdefault(id(node), [])
+        if use not in seen:
+            seen.append(use)
+        return query if isinstance(query, Tokens) else opaque([query, key, value])
+
+    def run(
+        self,
+        function: cst.FunctionDef,
+        args: list[Value],
+        kwargs: Mapping[str, Value],
+        owner: str,
+        receiver: Instance | None,
+        closure: Env,
+    ) -> Value:
+        """Call of a function whose source is known."""
+        if self.depth >= MAX_DEPTH:
+            return opaque([*args, *kwargs.values()])
+        key = (
+            id(function),
+            owner or self.owner,
+            receiver,
+            self.origin,
+            tuple(args),
+            tuple(sorted(kwargs.items(), key=lambda k: k[0])),
+        )
+        if not closure and key in self.findings.calls:
+            return self.findings.calls[key]
+        origin = receiver.origin if receiver is not None else self.origin
+        frame = Frame(self.classes, self.findings, owner or self.owner, origin, self.depth + 1)
+        env = {**closure, **bound(function, args, kwargs, receiver, lambda n: self.eval(n, {}))}
+        if frame.block(tree.body(function), env):
+            frame.returned.append(NONE)
+        value: Value | None = None
+        for each in frame.returned:
+            value = merged(value, each)
+        result = value if value is not None else OTHER
+        if not closure:
+            self.findings.calls[key] = result
+        return result
+
+
+def _from(value: Value, origin: str) -> Value:
+    """A module of the root, with the attribute that holds it."""
+    if isinstance(value, Instance):
+        return Instance(value.classes, origin)
+    if isinstance(value, Modules):
+        return Modules(Instance(value.element.classes, origin), tuple(Instance(e.classes, origin) for e in value.chain))
+    return value
+
+
+def _same_tokens(mask: Tokens, key: tuple[str, ...]) -> None:
+    """A mask of the keys: where it is another variable than the keys' stream, both have the same tokens."""
+    if mask.axis != mask.rank - 1 or len(mask.parts) != len(key):
+        raise NotShardable("a mask that is divided covers other tokens than the keys")
+    different = [(a, b) for a, b in zip(mask.parts, key, strict=True) if a != b]
+    raise shapes.Parallel("a mask covers a stream", *different[0])
+
+
+def bound(
+    function: cst.FunctionDef,
+    args: list[Value],
+    kwargs: Mapping[str, Value],
+    receiver: Instance | None,
+    default: Callable[[cst.BaseExpression], Value],
+) -> Env:
+    """Parameters of a call by name; those not given have their default."""
+    static = any(isinstance(d.decorator, cst.Name) and d.decorator.value == "staticmethod" for d in function.decorators)
+    given = list(args) if receiver is None or static else [receiver, *args]
+    env: Env = {}
+    params = [*function.params.posonly_params, *function.params.params]
+    for param, value in zip(params, given, strict=False):
+        env[param.name.value] = value
+    if isinstance(function.params.star_arg, cst.Param):
+        env[function.params.star_arg.name.value] = Many(tuple(given[len(params) :]))
+    for param in [*params, *function.params.kwonly_params]:
+        name = param.name.value
+        if name in kwargs:
+            env[name] = kwargs[name]
+        elif name not in env:
+            env[name] = default(param.default) if param.default is not None else OTHER
+    return env
+
+
+def unpacked(value: Value, count: int) -> list[Value]:
+    """Elements of a value that is unpacked into `count` targets."""
+    if isinstance(value, Either):
+        value = next((o for o in value.options if isinstance(o, Many) and len(o.items) == count), value.options[0])
+    if isinstance(value, Many):
+        if len(value.items) == count:
+            return list(value.items)
+        if value.items and len(set(value.items)) == 1:
+            return [value.items[0]] * count
+        return [
+            joined(flattened(value)) if not has_tokens(value) else Conflict("it is unpacked into other parts")
+        ] * count
+    if isinstance(value, Whole):
+        return [whole("item", args=(i,), base=(value,)) if value.kind != "fixed" else FIXED for i in range(count)]
+    if isinstance(value, Tokens):
+        return [Conflict("a tensor of tokens is unpacked")] * count
+    return [value if isinstance(value, Conflict) else OTHER] * count
+
+
+def _arithmetic(operator: cst.BaseBinaryOp, left: object, right: object) -> Value:
+    if isinstance(left, int) and isinstance(right, int):
+        if isinstance(operator, cst.Add):
+            return Const(left + right)
+        if isinstance(operator, cst.Subtract):
+            return Const(left - right)
+    return OTHER
+
+
+def _tested_rank(test: cst.Comparison) -> tuple[str, int | None]:
+    """(x, n) of `x.ndim == n`, `x.dim() == n` or `len(x.shape) == n`."""
+    left: cst.BaseExpression = test.left
+    comparator = test.comparisons[0].comparator
+    if not isinstance(comparator, cst.Integer):
+        return "", None
+    if isinstance(left, cst.Call):
+        if tree.call_name(left) == "len" and len(left.args) == 1:
+            left = left.args[0].value
+            if not (isinstance(left, cst.Attribute) and left.attr.value == "shape"):
+                return "", None
+        elif isinstance(left.func, cst.Attribute) and left.func.attr.value == "dim" and not left.args:
+            left = left.func
+    if (
+        isinstance(left, cst.Attribute)
+        and left.attr.value in ("ndim", "dim", "shape")
+        and isinstance(left.value, cst.Name)
+    ):
+        return left.value.value, int(comparator.value)
+    return "", None

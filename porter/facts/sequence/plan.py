@@ -1,0 +1,343 @@
+"""Where the sequence is divided and where it is put together again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import libcst as cst
+
+from porter.facts.module_tree import module_tree
+from porter.facts.sequence.classes import Classes
+from porter.facts.sequence.follow import AttentionUse, Env, Findings, Frame
+from porter.facts.sequence.shapes import Joined, Parallel
+from porter.facts.sequence.tables import Entry, variables
+from porter.facts.sequence.values import (
+    NONE,
+    Instance,
+    Many,
+    NotShardable,
+    Tokens,
+    Value,
+    Whole,
+    flattened,
+    forget,
+    whole,
+)
+from porter.model import Unit, Unknown
+from porter.source import tree
+from porter.source.library import Library
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """After which statement the result is whole again: the call of a module of the root (`module`), or the end of the last
+    loop (None); `variable` holds it and `stream` are its tokens."""
+
+    statement: cst.BaseStatement
+    module: str | None
+    variable: str
+    stream: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A variable that holds tokens where the region starts, along `axis` of `rank`; `tokens` names the stream whose tokens they
+    are (a mask has those of its text, say)."""
+
+    name: str
+    rank: int
+    axis: int
+    tokens: str
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlan:
+    """How one denoiser is divided.
+
+    `start` is the loop before which the tokens are divided; `streams` the variables that hold tokens there; `tables` what
+    has one entry per token; `attention` every attention call and what it is given; `optional` the variables that may be None
+    at the start; `refused` the inputs that the plan has no place for, which must be None.
+    """
+
+    start: cst.For
+    streams: tuple[Stream, ...]
+    tables: tuple[Entry, ...]
+    attention: tuple[AttentionUse, ...]
+    gather: Gather
+    optional: frozenset[str]
+    refused: tuple[str, ...]
+
+    def switched(self) -> frozenset[str]:
+        """Classes whose attention is divided in one place of the model and not in another."""
+        inside = {u.owner for u in self.attention if u.key is not None}
+        return frozenset(u.owner for u in self.attention if u.key is None) & inside
+
+    def outside(self) -> frozenset[str]:
+        """Attributes of the root that hold the undivided ones of these."""
+        return frozenset(u.origin for u in self.attention if u.key is None and u.owner in self.switched())
+
+
+_last: list[tuple[Unit, SequencePlan | Unknown]] = []
+
+
+def sequence_plan(unit: Unit) -> SequencePlan | Unknown:
+    """The plan of a unit after lowering, or why there is none. `unit.facts["library"]` gives sources of imported classes."""
+    if not (_last and _last[0][0] is unit):
+        forget()
+        library = unit.facts.get("library")
+        _last[:] = [(unit, _plan(unit, library if isinstance(library, Library) else None))]
+    return _last[0][1]
+
+
+def _plan(unit: Unit, library: Library | None) -> SequencePlan | Unknown:
+    modules = module_tree(unit)
+    root = modules.get(unit.root)
+    forward = tree.method(root.definition.node, "forward") if root is not None else None  # type: ignore[arg-type]
+    if forward is None:
+        return Unknown("the class has no forward")
+    classes = Classes(modules, library)
+    loops = _block_loops(forward, {p[:-2] for p in root.sites if p.endswith(".*")})  # type: ignore[union-attr]
+    reasons: list[str] = []
+    for first in range(len(loops)):
+        region = loops[first:]
+        for axis in (1, 0):
+            for refused in _refusals(forward):
+                try:
+                    return _with_more_streams(_Search(unit, classes, forward, region, refused), axis)
+                except NotShardable as problem:
+                    if axis == 1 and not refused:
+                        reasons.append(str(problem))
+    return Unknown(reasons[0] if reasons else "there is no loop over blocks")
+
+
+def _refusals(forward: cst.FunctionDef) -> list[tuple[str, ...]]:
+    """Sets of optional inputs to do without: first none of them."""
+    optional = [
+        p.name.value for p in tree.parameters(forward) if p.default is not None and tree.code(p.default) == "None"
+    ]
+    residuals = tuple(n for n in optional if "controlnet" in n)
+    masks = tuple(n for n in optional if n == "attention_mask")
+    return list(dict.fromkeys([(), residuals, masks, (*residuals, *masks)]))
+
+
+def _with_more_streams(search: _Search, axis: int) -> SequencePlan:
+    """Streams are what the blocks hand on, and what they put beside it (text whose blocks don't change it)."""
+    streams = tuple(Stream(n, 3, axis, n) for n in _streams(search.region, search.forward))
+    for _ in range(6):
+        try:
+            return search.plan(streams)
+        except Joined as problem:
+            others = [v for v in problem.values if not isinstance(v, Tokens)]
+            rank = next(v.rank for v in problem.values if isinstance(v, Tokens))
+            found = {n for v in others for n in variables(v, problem.axis, rank)} - {s.name for s in streams}
+            if len(found) != 1:
+                raise
+            rank = 2 if "mask" in min(found) else 3
+            streams = (*streams, Stream(min(found), rank, 1, min(found)))
+        except Copied as problem:
+            streams = (*streams, replace(problem.stream, name=problem.name))
+        except Parallel as problem:
+            streams = tuple(replace(s, tokens=problem.second) if s.tokens == problem.first else s for s in streams)
+    raise NotShardable("more and more tensors are concatenated with the tokens")
+
+
+def _block_loops(forward: cst.FunctionDef, lists: set[str]) -> list[cst.For]:
+    """Loops over lists of modules, in order; loops inside such a loop belong to it."""
+    found: list[cst.For] = []
+    inside: set[int] = set()
+    for loop in tree.find(forward.body, cst.For):
+        if id(loop) in inside:
+            continue
+        if any(tree.self_attribute(a) in lists for a in tree.find(loop.iter, cst.Attribute)):
+            found.append(loop)
+            inside |= {id(n) for n in tree.find(loop.body, cst.For)}
+    return found
+
+
+def _streams(region: list[cst.For], forward: cst.FunctionDef) -> tuple[str, ...]:
+    """Variables that calls of blocks read and write, and that exist before the first of the loops."""
+    found: dict[str, None] = {}
+    before = _defined_before(forward, region[0])
+    for loop in region:
+        for assign in tree.find(loop.body, cst.Assign):
+            if not isinstance(assign.value, cst.Call):
+                continue
+            read = {a.value.value for a in assign.value.args if isinstance(a.value, cst.Name)}
+            written = [n for t in assign.targets for n in _names(t.target)]
+            found.update(dict.fromkeys(n for n in written if n in read and n in before))
+    return tuple(found)
+
+
+def _names(target: cst.BaseExpression) -> list[str]:
+    if isinstance(target, (cst.Tuple, cst.List)):
+        return [n for e in target.elements for n in _names(e.value)]
+    return [target.value] if isinstance(target, cst.Name) else []
+
+
+def _read_after(forward: cst.FunctionDef, loop: cst.For) -> frozenset[str]:
+    """Names that occur in the loop or after it."""
+    nodes = list(tree.walk(forward.body))
+    start = next(i for i, n in enumerate(nodes) if n is loop)
+    return frozenset(n.value for n in nodes[start:] if isinstance(n, cst.Name))
+
+
+def _defined_before(forward: cst.FunctionDef, loop: cst.For) -> set[str]:
+    names = {p.name.value for p in tree.parameters(forward)}
+    for node in tree.walk(forward.body):
+        if node is loop:
+            break
+        if isinstance(node, cst.AssignTarget):
+            names |= set(_names(node.target))
+    return names
+
+
+class Copied(NotShardable):
+    """A variable holds the same tensor as a stream where the region starts."""
+
+    def __init__(self, name: str, stream: Stream) -> None:
+        super().__init__(f"{name} holds a stream as well")
+        self.name, self.stream = name, stream
+
+
+class _Search:
+    """Tries places for the gather, the latest first."""
+
+    def __init__(
+        self, unit: Unit, classes: Classes, forward: cst.FunctionDef, region: list[cst.For], refused: tuple[str, ...]
+    ) -> None:
+        self.unit, self.classes, self.forward, self.region, self.refused = unit, classes, forward, region, refused
+
+    def plan(self, streams: tuple[Stream, ...]) -> SequencePlan:
+        if not streams:
+            raise NotShardable("the blocks hand no tensor on")
+        scan = self.follow(streams, None)
+        problem: NotShardable | None = scan.problem
+        if not scan.finished:
+            assert problem is not None
+            raise problem
+        candidates = [*reversed(scan.calls), *(Gather(self.region[-1], None, s.name, s.name) for s in streams)]
+        for candidate in candidates:
+            run = self.follow(streams, candidate)
+            if run.problem is None:
+                tables = tuple(sorted(run.findings.met, key=lambda e: (e.variable, e.path, e.axis, e.rank or 0)))
+                self._check(tables)
+                attention = tuple(u for uses in run.findings.attention.values() for u in uses)
+                _check_attention(attention)
+                return SequencePlan(self.region[0], streams, tables, attention, candidate, run.optional, self.refused)
+            problem = problem or run.problem
+        raise problem if problem is not None else NotShardable("the tokens can't be put together again")
+
+    def follow(self, streams: tuple[Stream, ...], gather: Gather | None) -> _Root:
+        run = _Root(self.classes, self.unit.root, set(map(id, self.region)), streams, gather)
+        run.read_later = _read_after(self.forward, self.region[0])
+        run.start(self.forward, self.refused)
+        return run
+
+    @staticmethod
+    def _check(tables: tuple[Entry, ...]) -> None:
+        seen: dict[tuple[str, tuple[int, ...], int | None], Entry] = {}
+        for entry in tables:
+            key = (entry.variable, entry.path, entry.rank)
+            if key in seen and (seen[key].axis, seen[key].parts) != (entry.axis, entry.parts):
+                raise NotShardable(f"{entry.variable} is used for tokens of different streams")
+            seen[key] = entry
+            if not entry.variable:
+                raise NotShardable("a tensor is grown to the number of all tokens")
+            if len(entry.path) > 1:
+                raise NotShardable(f"{entry.variable} is a nested tuple")
+
+
+def _check_attention(uses: tuple[AttentionUse, ...]) -> None:
+    """Every attention layer is either always inside the divided part, with the same streams, or always outside."""
+    if not any(u.key is not None for u in uses):
+        raise NotShardable("no attention goes over the tokens")
+    for use in uses:
+        for other in uses:
+            if use.owner == other.owner and use.origin == other.origin and (use.key is None) != (other.key is None):
+                raise NotShardable(f"{use.owner} attends to divided tokens and to whole ones")
+            inside = use.key is not None and other.key is not None
+            if use.call is other.call and inside and (use.query, use.key) != (other.query, other.key):
+                raise NotShardable(f"{use.owner} attends to different streams")
+
+
+class _Root(Frame):
+    """The root's forward: the region starts at the first loop and ends at the gather."""
+
+    def __init__(
+        self, classes: Classes, owner: str, region: set[int], streams: tuple[Stream, ...], gather: Gather | None
+    ) -> None:
+        super().__init__(classes, Findings(), owner)
+        self.region, self.gather = region, gather
+        self.streams = {s.name: s for s in streams}
+        self.read_later: frozenset[str] = frozenset()
+        self.left = len(region)
+        self.finished = False
+        self.problem: NotShardable | None = None
+        self.calls: list[Gather] = []
+        self.optional: frozenset[str] = frozenset()
+
+    def start(self, forward: cst.FunctionDef, refused: tuple[str, ...]) -> None:
+        env: Env = {"self": Instance((self.owner,))}
+        for param in tree.parameters(forward)[1:]:
+            name = param.name.value
+            env[name] = NONE if name in refused else whole("source", name=name)
+        self.maybe_none = {p.name.value for p in tree.parameters(forward) if p.default is not None
+                           and tree.code(p.default) == "None"}  # fmt: skip
+        try:
+            self.block(tree.body(forward), env)
+            if any(isinstance(v, Tokens) for r in self.returned for v in flattened(r)):
+                raise NotShardable("the result is not put together")
+        except NotShardable as problem:
+            self.problem = problem
+
+    def statement(self, stmt: cst.BaseStatement, env: Env) -> bool:
+        if id(stmt) in self.region and self.left == len(self.region):
+            self.divide(env)
+        reached = super().statement(stmt, env)
+        if id(stmt) in self.region:
+            self.left -= 1
+            if self.left == 0:
+                self.finished = True
+                if self.gather is not None and self.gather.module is None:
+                    env[self.gather.variable] = whole("opaque", name="gathered")
+        elif self.finished and isinstance(stmt, cst.SimpleStatementLine):
+            self.note(stmt, env)
+        return reached
+
+    def divide(self, env: Env) -> None:
+        held = {id(v): s for n, s in self.streams.items() if isinstance(v := env.get(n), Whole) and v.kind != "fixed"}
+        for name, value in env.items():
+            if name in self.read_later and name not in self.streams and id(value) in held:
+                raise Copied(name, held[id(value)])
+        self.optional = frozenset(n for n in env if n in self.maybe_none)
+        for name, value in list(env.items()):
+            if name in self.streams and value != NONE:
+                stream = self.streams[name]
+                env[name] = Tokens(stream.rank, stream.axis, (stream.tokens,))
+            elif name != "self":
+                env[name] = _marked(name, value, ())
+
+    def note(self, stmt: cst.SimpleStatementLine, env: Env) -> None:
+        """A statement `x = self.module(...)` after the loops whose result is tokens of one stream."""
+        small = stmt.body[0]
+        if not isinstance(small, cst.Assign) or not isinstance(small.value, cst.Call):
+            return
+        target, module = small.targets[0].target, tree.self_attribute(small.value.func)
+        if not isinstance(target, cst.Name) or module is None:
+            return
+        value = env.get(target.value)
+        if isinstance(value, Tokens) and value.rank == 3 and len(value.parts) == 1:
+            self.calls.append(Gather(stmt, module, target.value, value.parts[0]))
+            if self.gather is not None and self.gather.statement is stmt:
+                env[target.value] = whole("opaque", name="gathered")
+
+
+def _marked(name: str, value: Value, path: tuple[int, ...]) -> Value:
+    if isinstance(value, Many):
+        return Many(tuple(_marked(name, v, (*path, i)) for i, v in enumerate(value.items)))
+    if not isinstance(value, Whole) or value.kind == "fixed":
+        return value
+    result: Value = whole("boundary", name=name, base=(value,))
+    for at in path:
+        result = whole("item", args=(at,), base=(result,))
+    return result
