@@ -1,7 +1,5 @@
 """`python -m porter`."""
 
-import sys
+from porter.cli import entry
 
-from porter.cli import main
-
-sys.exit(main())
+entry()

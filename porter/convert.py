@@ -136,11 +136,12 @@ class _Conversion:
         files = {name: f.text for name, f in finished.items()}
         self.diagnostics += check_files({name: f.tree for name, f in finished.items()})
         entries = self._entries(files, evidence)
-        for folder in sorted({p.folder for p in self.transformers.values()}):
-            files[f"{folder}/__init__.py"] = self._init(folder, entries)
+        folders = sorted({p.folder for p in self.transformers.values()})
+        files.update(linemap.format_files({f"{folder}/__init__.py": self._init(folder, entries) for folder in folders}))
+        for folder in folders:
             files[f"{folder}/port.json"] = port_record(folder, self, finished)
         manifest = Manifest(self.library.version, tuple(entries))
-        files.update(package_files({p.folder for p in self.transformers.values()}, "0.1.0"))
+        files.update(package_files(folders, "0.1.0"))
         files["manifest.json"] = manifest_text(manifest)
         return Conversion(
             dict(sorted(files.items())), tuple(self.diagnostics), tuple(entries),
@@ -167,7 +168,7 @@ class _Conversion:
         transformers = [(t.module, t.class_name) for t in self.transformers.values() if t.folder == folder]
         rows = [PortRow(e.arch, e.folder, e.module, e.cls, e.pre_process, e.post_process)
                 for e in entries if e.folder == folder]  # fmt: skip
-        return linemap.format_files({"init": folder_init(folder, transformers, rows)})["init"]
+        return folder_init(folder, transformers, rows)
 
     def _summary(self, entries: list[PortEntry], files: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
         rows = []

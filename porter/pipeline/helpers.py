@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar
 
 import libcst as cst
@@ -101,8 +102,7 @@ def _pins(
     pins: dict[str, dict[str, object]] = {}
     calls: dict[str, list[cst.Call]] = {name: [] for name in found}
     for node in nodes:
-        for call in find(node, cst.Call):
-            name = self_attribute(call.func)
+        for name, call in _calls_of_methods(node):
             if name in calls:
                 calls[name].append(call)
     for name, helper in found.items():
@@ -131,6 +131,12 @@ def _pins(
         if pinned or previous:
             pins[name] = {**previous, **pinned}
     return pins
+
+
+@lru_cache(maxsize=4096)
+def _calls_of_methods(node: cst.CSTNode) -> tuple[tuple[str, cst.Call], ...]:
+    """(x, call) for every `self.x(...)` below a node."""
+    return tuple((name, c) for c in find(node, cst.Call) if (name := self_attribute(c.func)) is not None)
 
 
 def _is_static(node: cst.FunctionDef) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass
 
 import libcst as cst
@@ -13,7 +14,7 @@ from porter.pipeline.analysis import Analysis
 from porter.pipeline.render import render
 from porter.source.library import Library
 from porter.source.names import referenced
-from porter.source.tree import body, code, find, self_attribute
+from porter.source.tree import code, find, self_attribute
 
 NO_PROCESSOR = "PORT504"
 
@@ -115,16 +116,12 @@ def _constructor_call(analysis: Analysis, processor: str) -> cst.Call | None:
 
 def _options_read(library: Library, cls: str, method: str) -> frozenset[str]:
     """Names `x` of `self.config.x` that the method and what it calls on `self` read."""
-    methods: dict[str, cst.FunctionDef] = {}
-    queue = [library.canonical(cls)]
-    while queue:
-        definition = library.definition(queue.pop(0))
-        if isinstance(definition, Unknown) or not isinstance(definition.node, cst.ClassDef):
-            continue
-        for item in body(definition.node):
-            if isinstance(item, cst.FunctionDef):
-                methods.setdefault(item.name.value, item)
-        queue += [b for a in definition.node.bases if (b := referenced(a.value)) and b.startswith("diffusers.")]
+    methods: dict[str, ast.stmt] = {}
+    for name in (library.canonical(cls), *library.ancestors(cls)):
+        node = library.syntax(name)
+        for item in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(item, ast.FunctionDef):
+                methods.setdefault(item.name, item)
     found: set[str] = set()
     seen: set[str] = set()
     pending = [method]
@@ -133,10 +130,16 @@ def _options_read(library: Library, cls: str, method: str) -> frozenset[str]:
         if name in seen or name not in methods:
             continue
         seen.add(name)
-        for node in find(methods[name], cst.Attribute):
-            inner = self_attribute(node)
-            if inner is not None:
-                pending.append(inner)
-            elif self_attribute(node.value) == "config":
-                found.add(node.attr.value)
+        for each in ast.walk(methods[name]):
+            if isinstance(each, ast.Attribute):
+                if _is_self(each.value):
+                    pending.append(each.attr)
+                elif (
+                    isinstance(each.value, ast.Attribute) and each.value.attr == "config" and _is_self(each.value.value)
+                ):
+                    found.add(each.attr)
     return frozenset(found)
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import libcst as cst
 
@@ -39,7 +40,7 @@ def constants(
     """Names that are bound once, at the top level, to None, True or False, before any read."""
     found: dict[str, object] = {}
     counts: dict[str, int] = {}
-    for name in _all_writes(statements):
+    for name in (n for s in statements for n in _all_writes(s)):
         counts[name] = counts.get(name, 0) + 1
     for statement in statements:
         if not isinstance(statement, cst.SimpleStatementLine) or not isinstance(statement.body[0], cst.Assign):
@@ -54,16 +55,19 @@ def constants(
     return found
 
 
-def _all_writes(statements: Sequence[cst.BaseStatement]) -> Iterable[str]:
-    for statement in statements:
-        for node in find(statement, cst.Assign, cst.AugAssign, cst.AnnAssign, cst.For, cst.NamedExpr, cst.AsName):
-            if isinstance(node, cst.Assign):
-                for target in node.targets:
-                    yield from names_of(target.target)
-            elif isinstance(node, cst.AsName):
-                yield from names_of(node.name)
-            else:
-                yield from names_of(node.target)
+@lru_cache(maxsize=16384)
+def _all_writes(statement: cst.BaseStatement) -> tuple[str, ...]:
+    """Names a statement binds, once for each place that does."""
+    found: list[str] = []
+    for node in find(statement, cst.Assign, cst.AugAssign, cst.AnnAssign, cst.For, cst.NamedExpr, cst.AsName):
+        if isinstance(node, cst.Assign):
+            for target in node.targets:
+                found += names_of(target.target)
+        elif isinstance(node, cst.AsName):
+            found += names_of(node.name)
+        else:
+            found += names_of(node.target)
+    return tuple(found)
 
 
 def drop_dead(statements: Sequence[cst.BaseStatement], live: Iterable[str] = ()) -> list[cst.BaseStatement]:

@@ -198,6 +198,7 @@ class Library:
     _modules: dict[str, ModuleSource | None] = field(default_factory=dict)
     _canonical: dict[str, str] = field(default_factory=dict)
     _definitions: dict[str, Definition] = field(default_factory=dict)
+    _asked: set[str] = field(default_factory=set)
     _bases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _ancestors: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -253,6 +254,15 @@ class Library:
             self._definitions[name] = Definition(last, node, module.name, module.file)
         return self._definitions[name]
 
+    def syntax(self, name: str) -> ast.stmt | None:
+        """Python's own tree of a top-level definition: enough for a question, and far cheaper than `definition`."""
+        parent, _, last = self.canonical(name).rpartition(".")
+        module = self.module(parent)
+        node = module.node(last) if module is not None else None
+        if node is not None:
+            self._asked.add(parent)
+        return node
+
     def bases(self, name: str) -> tuple[str, ...]:
         """Qualified names of a class's bases; of another package as they are imported."""
         name = self.canonical(name)
@@ -296,8 +306,8 @@ class Library:
         return Span(module.file, entry.line) if entry and module else None
 
     def digests(self) -> dict[str, str]:
-        """Digest of every file from which a definition was taken, by relative path."""
-        used = {d.module for d in self._definitions.values()}
+        """Digest of every file from which a definition was taken or asked, by relative path."""
+        used = {d.module for d in self._definitions.values()} | self._asked
         return {m.file: m.digest for n in sorted(used) if (m := self.module(n)) is not None}
 
 

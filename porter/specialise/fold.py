@@ -82,12 +82,13 @@ def _fold_method(spec: Spec, method: cst.FunctionDef, live: Liveness, names: dic
                     prologue.append(tree.statement(f"{label} = value", value=constant))
     if prologue:
         edits.append((method, _with_prologue(prologue)))
+    elifs = {id(i.orelse) for i in tree.find(method.body, cst.If)}
     decided = (cst.If, cst.IfExp, cst.BooleanOperation, cst.Call, cst.SimpleStatementLine, cst.Name, cst.Attribute)
     for node in tree.find(method.body, *decided):
         if isinstance(node, cst.If):
             outcome = record.truth.get(id(node.test))
             if outcome is not None:
-                edits.append((node, _fold_if(outcome, _is_elif(node, method))))
+                edits.append((node, _fold_if(outcome, id(node) in elifs)))
         elif isinstance(node, cst.IfExp):
             outcome = record.truth.get(id(node.test))
             if outcome is not None:
@@ -137,10 +138,6 @@ def _assigned_first(stmts: list[cst.BaseStatement], name: str, record: Record) -
         if mentions:
             return False
     return False
-
-
-def _is_elif(node: cst.If, method: cst.FunctionDef) -> bool:
-    return any(parent.orelse is node for parent in tree.find(method.body, cst.If))
 
 
 def _fold_if(outcome: bool, is_elif: bool):  # noqa: ANN202

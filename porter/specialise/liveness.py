@@ -44,7 +44,7 @@ class Liveness:
 
     @classmethod
     def of(cls, model: Model) -> Liveness:
-        live = cls(model, model.used(), home=model.root.qualified.rpartition(".")[0])
+        live = cls(model, list(model.used), home=model.root.qualified.rpartition(".")[0])
         before = -1
         while before != len(live.removed):
             before = len(live.removed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import libcst as cst
 
@@ -33,7 +34,8 @@ class Model:
     record: Record
     functions: dict[str, Definition] = field(default_factory=dict)
 
-    def used(self) -> list[Spec]:
+    @cached_property
+    def used(self) -> tuple[Spec, ...]:
         """Specs the root reaches, constructors before their users."""
         order: list[Spec] = []
 
@@ -47,7 +49,7 @@ class Model:
             order.append(spec)
 
         visit(self.root)
-        return order
+        return tuple(order)
 
 
 class Driver:
@@ -60,6 +62,8 @@ class Driver:
         self.policy = policy
         self.prepare = prepare
         self.prepared: dict[str, Definition] = {}
+        self.flat: dict[str, Definition] = {}
+        self.setting: dict[str, cst.Call | None] = {}
         self.sites: dict[int, dict[str, Value]] = {}
         self.specs: dict[Key, Spec] = {}
         self.site_keys: dict[int, Key] = {}
@@ -159,7 +163,7 @@ class Driver:
 
     def _spec(self, name: str, definition: Definition, site: dict[str, Value], interpreter: Interpreter) -> Spec:
         definition = self._flattened(definition)
-        holds_processor = processors.sets_processor(definition) is not None
+        holds_processor = self.setting[name] is not None
         shared = not name.startswith(self.home + ".")
         key: Key = (name, structural(site)) if shared or holds_processor else (name,)
         if key not in self.specs:
@@ -225,11 +229,15 @@ class Driver:
     def _flattened(self, definition: Definition) -> Definition:
         """The class with what it inherits from model classes copied in: its own methods win, `super().m()` becomes a call
         of the base's method under a name of its own."""
-        node = definition.node
-        assert isinstance(node, cst.ClassDef)
-        for base in self._base_definitions(definition):
-            node = _with_base(node, base, self.library.is_torch_module(f"{base.module}.{base.name}"))
-        return replace(definition, node=node)
+        name = f"{definition.module}.{definition.name}"
+        if name not in self.flat:
+            node = definition.node
+            assert isinstance(node, cst.ClassDef)
+            for base in self._base_definitions(definition):
+                node = _with_base(node, base, self.library.is_torch_module(f"{base.module}.{base.name}"))
+            self.flat[name] = replace(definition, node=node)
+            self.setting[name] = processors.sets_processor(self.flat[name])
+        return self.flat[name]
 
 
 def _with_base(node: cst.ClassDef, base: Definition, torch_module: bool) -> cst.ClassDef:

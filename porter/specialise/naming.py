@@ -33,7 +33,7 @@ def class_names(model: Model) -> dict[int, str]:
     home = model.root.qualified.rpartition(".")[0]
     prefix = stem(model.root.qualified.rpartition(".")[2])
     groups: dict[str, list[Spec]] = defaultdict(list)
-    for spec in model.used():
+    for spec in model.used:
         short = spec.qualified.rpartition(".")[2]
         local = spec.qualified.startswith(home + ".") or short.startswith(prefix)
         groups[short if local else prefix + short].append(spec)

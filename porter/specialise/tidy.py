@@ -238,7 +238,7 @@ def inline_widths(node: cst.ClassDef) -> cst.ClassDef:
         if attribute is not None and tree.call_name(assign.value) == "torch\u00b7nn\u00b7Linear":
             built.setdefault(attribute, []).append(assign.value)
     edits: list[tuple[cst.CSTNode, object]] = []
-    for read in tree.find(node, cst.Attribute):
+    for read in tree.find(node, cst.Attribute) if built else ():
         calls = built.get(tree.self_attribute(read.value) or "", [])
         if len(calls) == 1 and read.attr.value in ("in_features", "out_features"):
             bound = tree.arguments(calls[0], ["in_features", "out_features"]) or {}
@@ -254,6 +254,10 @@ def propagate_attributes(node: cst.ClassDef, external: frozenset[str]) -> cst.Cl
         return node
     assigned = Counter(n.value for t in tree.find(init, cst.AssignTarget) for n in _bound(t.target))
     stored = Counter(a for t in tree.find(node, cst.AssignTarget) if (a := tree.self_attribute(t.target)))
+    uses: dict[str, list[cst.Attribute]] = {}
+    for each in tree.find(node, cst.Attribute):
+        uses.setdefault(tree.self_attribute(each) or "", []).append(each)
+    inside = {id(n) for n in tree.find(init, cst.Attribute)}
     edits: list[tuple[cst.CSTNode, object]] = []
     for stmt in tree.body(init):
         small = stmt.body[0] if isinstance(stmt, cst.SimpleStatementLine) and len(stmt.body) == 1 else None
@@ -269,8 +273,7 @@ def propagate_attributes(node: cst.ClassDef, external: frozenset[str]) -> cst.Cl
         alias = alias or (tree.self_attribute(value) is not None and stored[tree.self_attribute(value) or ""] == 1)
         if not alias:
             continue
-        reads = [a for a in tree.find(node, cst.Attribute) if tree.self_attribute(a) == attribute and a is not target]
-        inside = {id(n) for n in tree.walk(init)}
+        reads = [a for a in uses[attribute] if a is not target]
         edits += [(a, value) for a in reads if id(a) in inside]
         if attribute not in external and all(id(a) in inside for a in reads):
             edits.append((stmt, cst.RemoveFromParent()))
@@ -279,17 +282,20 @@ def propagate_attributes(node: cst.ClassDef, external: frozenset[str]) -> cst.Cl
     return node
 
 
+_ENTRIES = frozenset({"__init__", "forward", "load_weights"})
+"""Methods that are called from outside."""
+
+
 # -- methods -----------------------------------------------------------------------------------------------------------
 def inline_methods(node: cst.ClassDef) -> cst.ClassDef:
     """Splice helper methods called once, as a statement of their own, whose only return is their last statement."""
     functions = {i.name.value: i for i in node.body.body if isinstance(i, cst.FunctionDef)}
-    calls: Counter[str] = Counter()
-    for attribute in tree.find(node, cst.Attribute):
-        name = tree.self_attribute(attribute) or ""
-        if name in functions:
-            calls[name] += 1
-    for name, helper in functions.items():
-        if name in ("__init__", "forward", "load_weights") or helper.decorators or calls[name] != 1:
+    helpers = {n: f for n, f in functions.items() if n not in _ENTRIES and not f.decorators}
+    if not helpers:
+        return node
+    calls = Counter(tree.self_attribute(a) for a in tree.find(node, cst.Attribute))
+    for name, helper in helpers.items():
+        if calls[name] != 1:
             continue
         stmts = tree.strip_docstring(tree.body(helper))
         variadic = isinstance(helper.params.star_kwarg, cst.Param) or isinstance(helper.params.star_arg, cst.Param)

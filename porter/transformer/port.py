@@ -9,6 +9,7 @@ import libcst as cst
 from porter.emit.templates import render
 from porter.engine import RuleSet, run_rules
 from porter.engine.absolute_text import absolutise_text
+from porter.engine.index import IndexCache
 from porter.engine.schema import Phase
 from porter.facts.module_tree import module_tree
 from porter.facts.projections import Merge
@@ -56,7 +57,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     model = Driver(library, name, policy, run.normalise).run()
     names = class_names(model)
     unit = Unit(fold(model, names), names[id(model.root)])
-    roles_by_class = {names[id(s)]: attention_role(s) or "self" for s in model.used()}
+    roles_by_class = {names[id(s)]: attention_role(s) or "self" for s in model.used}
     unit, merges = _lower(run, unit, roles_by_class)
     unit, whole = _shard(run, unit, library)
     extra = _templates(unit)
@@ -64,7 +65,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     unit = run.rules(unit, "tidy")
     home = model.root.qualified.rpartition(".")[0]
     # Helpers may name a class of the model (a static method, an isinstance test): it is the port's own.
-    own = {s.qualified: names[id(s)] for s in model.used()}
+    own = {s.qualified: names[id(s)] for s in model.used}
     closure = close(unit.definitions, own, home, library, policy, run.normalise)
     short = stem(unit.root)
     folder = snake(short)
@@ -84,9 +85,10 @@ class _Run:
         self.diagnostics: list[Diagnostic] = []
         self.statuses: list[SiteStatus] = []
         self.edits = 0
+        self.cache = IndexCache()
 
     def rules(self, unit: Unit, phase: Phase) -> Unit:
-        outcome = run_rules(unit, self.set, phase=phase, scope="transformer")
+        outcome = run_rules(unit, self.set, phase=phase, scope="transformer", cache=self.cache)
         self.diagnostics += outcome.diagnostics
         self.statuses += outcome.statuses
         self.edits += len(outcome.edits)
