@@ -59,9 +59,9 @@ def first_divergence(grown: dict[str, Any], side: str, baseline: str, factor: fl
 
 
 def pictures(folder: Path, case: str) -> dict[str, Any]:
-    """Three channels of the output of a case as 8-bit RGB rows, by side, and what differs from the reference.
+    """Three channels of the output of a case as pixels, by side, and what differs from the reference.
 
-    {reference: rows, side: {output: rows, difference: rows, scale: largest difference shown}}
+    {reference: pixels, side: {output: pixels, difference: pixels, scale: largest difference shown}}
     """
     import torch
 
@@ -72,7 +72,7 @@ def pictures(folder: Path, case: str) -> dict[str, Any]:
     if want is None:
         return {}
     low, high = want.quantile(0.01), want.quantile(0.99)
-    shown: dict[str, Any] = {"reference": _rows((want - low) / (high - low + 1e-12))}
+    shown: dict[str, Any] = {"reference": _pixels((want - low) / (high - low + 1e-12))}
     for side in SIDES:
         file = folder / f"{side}@{case}.pt"
         if not file.is_file():
@@ -82,8 +82,8 @@ def pictures(folder: Path, case: str) -> dict[str, Any]:
             continue
         apart = (got - want).abs()
         scale = apart.max().item()
-        shown[side] = {"output": _rows((got - low) / (high - low + 1e-12)), "scale": scale,
-                       "difference": _rows(apart / (scale or 1.0))}  # fmt: skip
+        shown[side] = {"output": _pixels((got - low) / (high - low + 1e-12)), "scale": scale,
+                       "difference": _pixels(apart / (scale or 1.0))}  # fmt: skip
     return shown
 
 
@@ -103,5 +103,11 @@ def _image(output: torch.Tensor) -> torch.Tensor | None:
     return item[::step, ::step].contiguous()
 
 
-def _rows(image: torch.Tensor) -> list[list[list[int]]]:
-    return (image.clamp(0, 1) * 255).round().int().tolist()
+def _pixels(image: torch.Tensor) -> dict[str, Any]:
+    """{rows, columns, rgb}: 8-bit values in base64."""
+    import base64
+
+    import torch
+
+    values = (image.clamp(0, 1) * 255).round().to(torch.uint8).reshape(-1).tolist()
+    return {"rows": image.shape[0], "columns": image.shape[1], "rgb": base64.b64encode(bytes(values)).decode()}

@@ -230,11 +230,11 @@ class Subject:
             with ThreadPoolExecutor(max(1, len(present))) as pool:
                 ready = [s for s, ok in zip(present, pool.map(self._prepare, present), strict=True) if ok]
             self._agree(prepared)
+            for side in ready:
+                self._look(side)
             for index in range(self.options.rounds if self.options.timing else 0):
                 for side in ready if index % 2 == 0 else reversed(ready):
                     self._time(side)
-            for side in ready:
-                self._look(side)
             for side in ready:
                 self._call(side, {"job": "release"})
         else:
@@ -295,18 +295,18 @@ class Subject:
             answer = self._call(side, {"job": "time", "case": case, "inputs": str(self._inputs(case))})
             if answer is not None:
                 found["rounds"].setdefault(case, []).append(answer["round"])
+                found["profiles"][case] = answer["profile"]
                 found["compiled"][case] = answer["compiled"]
         self.record.write()
 
     def _look(self, side: Side) -> None:
-        """Kernels of the first case; operations and bytes from the eager Diffusers side."""
-        found = self.record.side(self.name, side.name)
-        for case in list(found["runs"]):
-            job = {"case": case, "inputs": str(self._inputs(case))}
-            if side.name == "diffusers-eager" and (counts := self._call(side, {**job, "job": "count"})):
+        """Operations and bytes, from the eager Diffusers side."""
+        if side.name != "diffusers-eager":
+            return
+        for case in list(self.record.side(self.name, side.name)["runs"]):
+            counts = self._call(side, {"job": "count", "case": case, "inputs": str(self._inputs(case))})
+            if counts:
                 self.row["counts"][case] = {k: counts[k] for k in ("tflop", "operator_gb", "least_gb", "tokens")}
-            if case == next(iter(found["runs"])) and (seen := self._call(side, {**job, "job": "profile"})):
-                found["profiles"][case] = {k: seen[k] for k in ("kernels", "total_us", "launches", "attention")}
         self.record.write()
 
     def _agree(self, prepared: bool) -> None:

@@ -11,6 +11,8 @@ from porter.bench.sides import REFERENCE, SAME_MODE, SIDES
 
 ERROR_RATIO = 1.1
 """A port's bfloat16 error against float32 may be so many times Diffusers' own in the same mode."""
+LAUNCH_BOUND = 1.15
+"""A call that takes so many times its kernels' time waits for launches."""
 PARALLEL_RATIO = 1.5
 """Two cards against one may differ so many times Diffusers' own bfloat16 error (measured: 0.3 to 0.5 of it)."""
 
@@ -49,6 +51,19 @@ class Speed:
     spread: float | None
     rounds: int
     peak_gib: float
+    kernel: float | None = None
+    """Milliseconds that kernels ran, without the gaps between launches; median of the rounds' profiles."""
+    kernel_spread: float | None = None
+
+    @property
+    def launch_bound(self) -> bool:
+        """Whether the card waited for Python: then the wall clock judges the machine's processor."""
+        return self.kernel is not None and self.median > LAUNCH_BOUND * self.kernel
+
+    @property
+    def busy(self) -> float:
+        """Milliseconds to judge the card by: of the kernels where the call waits for launches."""
+        return self.kernel if self.kernel is not None and self.launch_bound else self.median
 
 
 def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
@@ -71,11 +86,17 @@ def speed(row: Mapping[str, Any], side: str, case: str) -> Speed | None:
         return None
     samples = sorted(s for r in rounds for s in r["samples"])
     medians = [r["median"] for r in rounds]
+    kernels = [r["kernel_ms"] for r in rounds if r.get("kernel_ms")]
     tenth = len(samples) // 10
     return Speed(
         side, case, statistics.median(samples), samples[tenth], samples[-1 - tenth],
-        max(medians) / min(medians) - 1 if len(rounds) > 1 else None, len(rounds), max(r["peak_gib"] for r in rounds),
+        _spread(medians), len(rounds), max(r["peak_gib"] for r in rounds),
+        statistics.median(kernels) if kernels else None, _spread(kernels),
     )  # fmt: skip
+
+
+def _spread(medians: list[float]) -> float | None:
+    return max(medians) / min(medians) - 1 if len(medians) > 1 and min(medians) > 0 else None
 
 
 def speeds(row: Mapping[str, Any], case: str) -> dict[str, Speed]:
@@ -85,19 +106,29 @@ def speeds(row: Mapping[str, Any], case: str) -> dict[str, Speed]:
 
 def best(found: Mapping[str, Speed], *sides: str) -> Speed | None:
     """The fastest of some sides."""
-    return min((found[s] for s in sides if s in found), key=lambda s: s.median, default=None)
+    return min((found[s] for s in sides if s in found), key=lambda s: s.busy, default=None)
 
 
 def compared(port: Speed | None, other: Speed | None) -> dict[str, Any] | None:
-    """Ratio of medians (below 1: the port is faster), the spread that it must exceed, and what may be said."""
+    """Ratio (below 1: the port is faster), the spread that it must exceed, what was compared, and what may be said.
+
+    Medians of the wall clock; where a side waits for launches, the time of its kernels.
+    """
     if port is None or other is None:
         return None
-    ratio = port.median / other.median
-    if port.spread is None or other.spread is None:
-        return {"ratio": ratio, "spread": None, "say": "one round, so no claim"}
-    spread = max(port.spread, other.spread)
-    say = "equal within the spread" if abs(ratio - 1) <= spread else "faster" if ratio < 1 else "slower"
-    return {"ratio": ratio, "spread": spread, "say": say}
+    by_kernels = bool((port.launch_bound or other.launch_bound) and port.kernel and other.kernel)
+    ratio = (port.kernel or 0) / (other.kernel or 1) if by_kernels else port.median / other.median
+    spreads = (port.kernel_spread, other.kernel_spread) if by_kernels else (port.spread, other.spread)
+    known = [s for s in spreads if s is not None]
+    found = {
+        "ratio": ratio,
+        "spread": max(known) if len(known) == 2 else None,
+        "by": "kernels" if by_kernels else "wall",
+    }
+    if found["spread"] is None:
+        return found | {"say": "one round, so no claim"}
+    same = abs(ratio - 1) <= max(known)
+    return found | {"say": "equal within the spread" if same else "faster" if ratio < 1 else "slower"}
 
 
 def floor_ms(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> float | None:

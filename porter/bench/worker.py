@@ -1,7 +1,7 @@
 """A process of one side: `python -m porter.bench.worker SIDE RANK`, started by `drive`. SIDE is diffusers or engine.
 
 Reads one JSON job per line on stdin, answers one JSON line each on the original stdout; tensors travel in files.
-Jobs: load, run, time, count, profile, layers, walk, release, ceilings. One denoiser is loaded at a time.
+Jobs: load, compile, run, sequence, time, count, layers, walk, release, ceilings. One denoiser is loaded at a time.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ class Bench:
             return {"tokens": sequence_of(self.subject.model, lambda: self.subject.call(given))}
 
     def time(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """One round of timed calls."""
+        """One round of timed calls, and a profile after it: how long kernels ran, whatever the launches cost."""
         from porter.bench import clock, compiled
+        from porter.bench.kernels import profiled
 
         inputs = self._inputs(job)
         with self.subject.context():
@@ -97,7 +98,11 @@ class Bench:
             given = self.subject.fit(inputs)
             self._meet()
             done = clock.timed_round(lambda: self.subject.call(given), self.device, job.get("warm", 4), self._agreed())
-        return {"round": done.to_json(), "compiled": compiled.statistics()}
+            self._meet()
+            seen = profiled(lambda: self.subject.call(given), self.device)
+        kernel_ms = round(seen["total_us"] / 1000, 4) if self.device.type == "cuda" else None
+        figures = done.to_json() | {"kernel_ms": kernel_ms}
+        return {"round": figures, "profile": seen, "compiled": compiled.statistics()}
 
     def count(self, job: Mapping[str, Any]) -> dict[str, Any]:
         from porter.bench.counts import count
@@ -107,16 +112,6 @@ class Bench:
             self.subject.settle(job["case"], inputs)
             given = self.subject.fit(inputs)
             return count(self.subject.model, lambda: self.subject.call(given), inputs)
-
-    def profile(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        from porter.bench.kernels import profiled
-
-        inputs = self._inputs(job)
-        with self.subject.context():
-            self.subject.settle(job["case"], inputs)
-            given = self.subject.fit(inputs)
-            self.subject.call(given)
-            return profiled(lambda: self.subject.call(given), self.device)
 
     def layers(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """A sample of every block's output: {name: tensor} in `out`."""

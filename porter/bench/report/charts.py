@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -101,13 +102,13 @@ def curves(lines: Mapping[str, Sequence[float]], labels: Mapping[str, str], alon
     return _svg(figure)
 
 
-def picture(rows: Sequence[Sequence[Sequence[int]]]) -> str:
-    """An RGB picture as a data address (PNG)."""
-    import base64
-
+def picture(pixels: Mapping[str, Any]) -> str:
+    """An RGB picture (rows, columns, rgb in base64) as a data address (PNG)."""
     plt = _pyplot()
     import numpy as np
 
+    values = np.frombuffer(base64.b64decode(pixels["rgb"]), dtype=np.uint8)
     stream = io.BytesIO()
-    plt.imsave(stream, np.asarray(rows, dtype=np.uint8), format="png", metadata={"Software": None})
+    shape = (pixels["rows"], pixels["columns"], 3)
+    plt.imsave(stream, values.reshape(shape), format="png", metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -35,7 +35,10 @@ def _cells(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> list[s
     floor = floor_ms(data, row, case)
     cells = [_ms(found.get("diffusers-eager")), _ms(found.get("diffusers-tuned")), _ms(hand), _ms(port)]
     cells += [ratio_text(compared(port, diffusers)), ratio_text(compared(port, hand))]
-    return [*cells, f"{100 * floor / port.median:.0f} %" if floor and port else ""]
+    return [
+        *cells,
+        f"{100 * floor / port.busy:.0f} %" if floor and port else "",
+    ]
 
 
 def _parallel(data: Mapping[str, Any]) -> str:
@@ -55,7 +58,8 @@ def ratio_text(found: Mapping[str, Any] | None) -> str:
     """`0.970 ± 0.010`, ratio and spread of rounds; empty where nothing was compared."""
     if found is None:
         return ""
-    return f"{found['ratio']:.3f}" + ("" if found["spread"] is None else f" ± {found['spread']:.3f}")
+    spread = "" if found["spread"] is None else f" ± {found['spread']:.3f}"
+    return f"{found['ratio']:.3f}{spread}{' (kernels)' if found['by'] == 'kernels' else ''}"
 
 
 def origin(data: Mapping[str, Any]) -> str:
@@ -71,13 +75,17 @@ def origin(data: Mapping[str, Any]) -> str:
     commands = " and ".join(f"`{c}`" for c in data.get("commands", [data["command"]]))
     name = device.get("name") or "CPU"
     return (
-        f"Median milliseconds of one forward call in bfloat16, random weights, batch as the case says. {name}, {shown}"
+        f"Median milliseconds of one forward call in bfloat16, random weights. In brackets the time of the kernels, where the "
+        f"call waits for launches; such sides are compared by it. {name}, {shown}"
         f"{limits}, {data['when']}. {commands}"
     )
 
 
 def _ms(found: Any) -> str:
-    return "" if found is None else f"{found.median:.2f}"
+    """Wall milliseconds; beside them the kernels' time where the call waits for launches."""
+    if found is None:
+        return ""
+    return f"{found.median:.2f}" + (f" ({found.kernel:.2f})" if found.launch_bound else "")
 
 
 def _row(cells: Any) -> str:

@@ -62,7 +62,7 @@ def _summary(data: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dict
         "good": worst.good if worst else None,
         "diffusers": ratio_text(compared(port, best(found, "diffusers-tuned", "diffusers-eager"))),
         "hand": ratio_text(compared(port, best(found, "hand-compiled", "hand-eager"))),
-        "floor": f"{100 * floor / port.median:.0f} %" if floor and port else "",
+        "floor": f"{100 * floor / port.busy:.0f} %" if floor and port else "",
         "attention": ", ".join(dict.fromkeys(attention)) or "unknown",
     }  # fmt: skip
 
@@ -106,16 +106,18 @@ def _case(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> dict[st
 
 
 def _speed(data: Mapping[str, Any], counts: Mapping[str, Any], floor: float | None, found: Speed) -> dict[str, Any]:
-    rate = counts["tflop"] / found.median * 1000 if counts else None
+    rate = counts["tflop"] / found.busy * 1000 if counts else None
     ceiling = data["ceilings"].get("matmul_tflops")
     return {
-        "side": LABELS[found.side], "ms": f"{found.median:.2f}", "low": f"{found.p10:.2f}", "high": f"{found.p90:.2f}",
+        "side": LABELS[found.side], "ms": f"{found.median:.2f}",
+        "kernel": "" if found.kernel is None else f"{found.kernel:.2f}", "bound": found.launch_bound,
+        "low": f"{found.p10:.2f}", "high": f"{found.p90:.2f}",
         "spread": "" if found.spread is None else f"{100 * found.spread:.1f} %",
         "rounds": found.rounds, "peak": f"{found.peak_gib:.2f}",
         "tokens": f"{1000 * counts['tokens'] / found.median:,.0f}" if counts.get("tokens") else "",
         "rate": f"{rate:.1f}" if rate is not None else "",
         "share": f"{100 * rate / ceiling:.0f} %" if rate is not None and ceiling else "",
-        "floor": f"{100 * floor / found.median:.0f} %" if floor else "",
+        "floor": f"{100 * floor / found.busy:.0f} %" if floor else "",
     }  # fmt: skip
 
 
