@@ -98,6 +98,8 @@ def norms(unit: Unit) -> Iterator[FactSite]:
     facts = tensor_parallel(unit)
     for name, path in sorted(facts.roles.across):
         for site in facts.modules[name].at(path):
+            if site.cls.startswith("porter_template."):
+                continue
             bound = tree.arguments(site.call, ["dim", "eps"]) or {}
             dim = bound.get("dim", bound.get("normalized_shape"))
             eps = bound.get("eps")

@@ -14,7 +14,7 @@ from porter.engine.schema import Phase
 from porter.facts.module_tree import module_tree
 from porter.facts.projections import Merge
 from porter.facts.sequence.plan import sequence_plan
-from porter.facts.tensor_parallel import tensor_parallel
+from porter.facts.tensor_parallel import TensorParallel, tensor_parallel
 from porter.model import Definition, Diagnostic, SiteStatus, Unit, Unknown
 from porter.source import tree
 from porter.source.library import Library
@@ -54,9 +54,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     """Convert one denoiser class. Raises PorterError if the source cannot be followed."""
     run = _Run(rules)
     policy = policy.hinted(library.canonical(name).rpartition(".")[2])
-    model = Driver(library, name, policy, run.normalise).run()
-    names = class_names(model)
-    unit = Unit(fold(model, names), names[id(model.root)])
+    model, names, unit = _specialised(run, library, name, policy)
     roles_by_class = {names[id(s)]: attention_role(s) or "self" for s in model.used}
     unit, merges = _lower(run, unit, roles_by_class)
     unit, whole = _shard(run, unit, library)
@@ -75,6 +73,18 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
         model.root.qualified, unit.root, folder, f"{folder}_transformer", definitions, local, merges,
         whole, closure.decisions, (*run.diagnostics, *closure.diagnostics), tuple(run.statuses), run.edits,
     )  # fmt: skip
+
+
+def specialised(library: Library, name: str, rules: RuleSet, policy: Policy) -> tuple[Unit, TensorParallel]:
+    """A denoiser as the rules of phase `lower` see it, and what the analyses say of it."""
+    unit = _specialised(_Run(rules), library, name, policy)[2]
+    return unit, tensor_parallel(unit)
+
+
+def _specialised(run: _Run, library: Library, name: str, policy: Policy) -> tuple[Model, dict[int, str], Unit]:
+    model = Driver(library, name, policy, run.normalise).run()
+    names = class_names(model)
+    return model, names, Unit(fold(model, names), names[id(model.root)])
 
 
 class _Run:
