@@ -33,6 +33,7 @@ from porter.pipeline.fold import PRESENT, Knowledge
 from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
 from porter.pipeline.localise import is_self_assignment, localise
 from porter.pipeline.model import Parameter
+from porter.pipeline.own_scheduler import own_scheduler
 from porter.pipeline.parameters import request_parameters
 from porter.pipeline.prune import drop_dead, settle
 from porter.pipeline.tables import Tables
@@ -109,7 +110,7 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     if isinstance(found_regions, Unknown):
         cut: Regions | Stages = _stages(name, statements, names, helpers, found_regions.reason, span)
     else:
-        cut = found_regions
+        cut = own_scheduler(found_regions)
     end = tail(cut.decode)
     if isinstance(end, Unknown):
         raise PorterError(Diagnostic(NO_TAIL, f"{name}: {end.reason}", span))

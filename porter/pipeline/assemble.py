@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import libcst as cst
 
 from porter.engine import RuleSet
-from porter.facts.pipeline import Component, Regions, Stages
+from porter.facts.pipeline import Component, Loop, Regions, Stages
 from porter.facts.pipeline.liveness import live_before, writes
 from porter.model import Definition, Diagnostic, PorterError, Unit, Unknown
 from porter.pipeline.analysis import Analysis, analyse, in_stages
@@ -17,6 +17,7 @@ from porter.pipeline.cleanup import clean
 from porter.pipeline.helpers import module_definitions
 from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
 from porter.pipeline.optional_imports import import_where_used, optional_packages
+from porter.pipeline.own_scheduler import SCHEDULER
 from porter.pipeline.parameters import is_tensor, is_text
 from porter.pipeline.pieces import Pieces, pieces
 from porter.pipeline.process import Finish, finish
@@ -216,7 +217,8 @@ def _class(
         diffuse_returns=_returns(len(cut.returned)), decode_returns=_returns(len(analysis.tail.values)),
         loop_target=_target(loop.index, loop.timestep, cut) if loop is not None else "",
         result=code(analysis.tail.result), whole=loop is None, video=finished.video, sound=finished.sound,
-        step_value={n: _step_value(n, loop.index, loop.timestep) for n in cut.predict_inputs} if loop is not None else {},
+        sample=cut.sample, extras=cut.extras, step_value=_step_values(cut, loop),
+        loop_value={n: f"self.{n}" if n == SCHEDULER else n for n in cut.predict_inputs},
     )  # fmt: skip
     return node
 
@@ -242,11 +244,17 @@ def _place(analysis: Analysis, name: str) -> str:
     return next(p.place for p in analysis.parameters if p.name == name)
 
 
-def _step_value(name: str, index: str | None, timestep: str) -> str:
-    special = {timestep: "state.current_timestep", "latents": "state.latents", "timesteps": "state.timesteps"}
-    if index:
-        special[index] = "state.step_index"
-    return special.get(name) or f'inputs["{name}"]'
+def _step_values(cut: Pieces, loop: Loop | None) -> dict[str, str]:
+    """Where step execution finds each name of the loop."""
+    if loop is None:
+        return {}
+    special = {loop.timestep: "state.current_timestep", "timesteps": "state.timesteps", SCHEDULER: "state.scheduler"}
+    if cut.sample is not None:
+        special[cut.sample] = "state.latents"
+    if loop.index:
+        special[loop.index] = "state.step_index"
+    names = (*cut.predict_inputs, *cut.extras, *cut.returned)
+    return {n: special.get(n) or f'inputs["{n}"]' for n in names}
 
 
 def _target(index: str | None, timestep: str, cut: Pieces) -> str:

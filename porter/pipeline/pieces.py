@@ -13,6 +13,7 @@ from porter.facts.pipeline.liveness import always_writes, live_before, uses, wri
 from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis, step_call
+from porter.pipeline.own_scheduler import SCHEDULER
 from porter.pipeline.predicting import branch_reads, predict_code, returns
 from porter.pipeline.stepping import plain_step, step_code
 from porter.source.marks import inherit
@@ -38,6 +39,7 @@ class Pieces:
     decode_inputs: tuple[str, ...]
     step_inputs: tuple[str, ...]
     splits: bool
+    sample: str | None
     stepwise: Unknown | None
     denoise: tuple[cst.BaseStatement, ...] = ()
 
@@ -49,7 +51,7 @@ class Pieces:
 def pieces(analysis: Analysis) -> Pieces | Unknown:
     """Cut the pieces; Unknown if the loop hands more than one value from its prediction to its step."""
     cut, loop = analysis.regions, analysis.regions.loop
-    loop_names = {n for n in (loop.index, loop.timestep) if n}
+    loop_names = {n for n in (loop.index, loop.timestep) if n} | {SCHEDULER} - bound_before(analysis)
     decode, result = analysis.tail.statements, analysis.tail.result
     after_loop = live_before([*decode, returns(result)])
     guide = analysis.guidance
@@ -75,7 +77,9 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     inputs = [n for n in ordered(top | loop_names, whole) if n in predict_live]
     reads = {n for each in step for n in uses(each)}
     step_inputs = [n for n in ordered(before_step & reads, step) if n not in (noise, *extras)]
-    loop_inputs = [*carried, "timesteps", *[n for n in ordered(top & read, whole) if n not in (*carried, "timesteps")]]
+    entering = [n for n in carried if n in top or n in bound_before(analysis)]
+    sample = _sample(carried, returned, step)
+    loop_inputs = [*entering, "timesteps", *[n for n in ordered(top & read, whole) if n not in (*carried, "timesteps")]]
     decode_inputs = [n for n in ordered(after_loop, decode) if n != returned[0]]
     loop_timesteps = [statement("timesteps = value", value=loop.iterable)] if code(loop.iterable) != "timesteps" else []
     encode = initialise([*cut.encode, *loop_timesteps], analysis, [*loop_inputs, *decode_inputs])
@@ -89,18 +93,25 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
         [n for n in extras if n in reads],
         _stepped(carried, step, returned[0]),
         step_inputs,
+        sample,
     )
-    stepwise = _stepwise(analysis, carried, extras)
+    stepwise = _stepwise(analysis, sample)
     return Pieces(
         tuple(encode), tuple(predict), (*overrides, *more), tuple(steps), tuple(scheduler_code), tuple(decode), noise,
         tuple(extras), tuple(carried), tuple(returned), tuple(loop_inputs), tuple(inputs), tuple(decode_inputs),
-        tuple(step_inputs), isinstance(guide, Guidance), stepwise,
+        tuple(step_inputs), isinstance(guide, Guidance), sample, stepwise,
     )  # fmt: skip
 
 
 def _stepped(carried: Sequence[str], step: Sequence[cst.BaseStatement], latents: str) -> list[str]:
     """Carried names that the step region sets, the latents first; the prediction hands over the others."""
     return [latents, *(n for n in carried if n != latents and n in writes(step))]
+
+
+def _sample(carried: Sequence[str], returned: Sequence[str], step: Sequence[cst.BaseStatement]) -> str | None:
+    """The variable that the scheduler moves: what its call reads as the sample, and sets."""
+    moved = [n for n in carried if n in writes(step)]
+    return next((n for n in ("latents", *returned) if n in moved), None)
 
 
 def _from_before(analysis: Analysis, loop: Sequence[cst.BaseStatement], after: frozenset[str]) -> set[str]:
@@ -115,12 +126,10 @@ def bound_before(analysis: Analysis) -> frozenset[str]:
     return writes(analysis.cut.encode) | {p.name.value for p in analysis.arguments}
 
 
-def _stepwise(analysis: Analysis, carried: Sequence[str], extras: Sequence[str]) -> Unknown | None:
+def _stepwise(analysis: Analysis, sample: str | None) -> Unknown | None:
     """Why the engine's step execution can't run the loop; None if it can."""
-    if list(carried) != ["latents"]:
-        return Unknown(f"the loop carries {', '.join(carried)}, a step state carries latents")
-    if extras:
-        return Unknown(f"the scheduler step also reads {', '.join(extras)}, computed beside the prediction")
+    if sample is None:
+        return Unknown("the loop carries no tensor from one scheduler step to the next")
     helpers = {h.name: h.node for h in analysis.helpers}
     pending = [n for each in (*analysis.regions.predict, *analysis.regions.guide, *analysis.regions.step)
                for n in self_reads(each)]  # fmt: skip

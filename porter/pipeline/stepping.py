@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import libcst as cst
 
 from porter.facts.pipeline import Guidance
+from porter.facts.pipeline.liveness import writes
 from porter.pipeline.analysis import Analysis
+from porter.pipeline.own_scheduler import SCHEDULER, scheduler_name
 from porter.pipeline.predicting import returns
 from porter.source.marks import inherit
-from porter.source.tree import code, same, self_attribute, statement, transform
+from porter.source.tree import code, same, statement, transform
 
 
 def plain_step(
@@ -36,11 +38,10 @@ def step_code(
     extras: Sequence[str],
     carried: Sequence[str],
     inputs: Sequence[str],
+    sample: str | None,
 ) -> tuple[list[cst.BaseStatement], list[cst.BaseStatement], list[cst.BaseStatement]]:
     t, index, latents = analysis.regions.loop.timestep, analysis.regions.loop.index, carried[0]
-    guide = analysis.guidance
-    guided = isinstance(guide, Guidance) and guide.condition is not None
-    do_cfg = code(guide.condition) if guided and isinstance(guide.condition, cst.Name) else "False"  # type: ignore[union-attr]
+    do_cfg = _condition(analysis, inputs)
     if plain is not None:
         generator = code(plain)
         more = ", generator=generator" if generator != "None" else ""
@@ -60,24 +61,32 @@ def step_code(
         statement(f"def step_latents(self, scheduler, {', '.join(given)}):\n    pass\n"), cst.FunctionDef
     )
     value = results[0] if len(results) == 1 else cst.Tuple([cst.Element(r) for r in results], lpar=[], rpar=[])
-    inner = [*(transform(s, {cst.Attribute: _given_scheduler}) for s in step), returns(value)]
+    inner = [*(transform(s, {cst.Attribute: scheduler_name}) for s in step), returns(value)]
     function = function.with_changes(body=cst.IndentedBlock(inner))
     arguments = ", ".join(f"{n}={n}" for n in given)
     call = statement(f"{', '.join(carried)} = self.step_latents(self.scheduler, {arguments})")
     values = {
         noise: "noise_pred",
         t: "state.current_timestep",
-        latents: "state.latents",
         "timesteps": "state.timesteps",
+        SCHEDULER: "state.scheduler",
     }
+    if sample is not None:
+        values[sample] = "state.latents"
     if index:
         values[index] = "state.step_index"
-    passed = ", ".join(f"{n}={values.get(n) or f'inputs[{n!r}]'}" for n in given)
-    state_code = [f"state.latents = self.step_latents(state.scheduler, {passed})"]
-    if any(n not in values for n in given):
+    places = {n: values.get(n) or f'inputs["{n}"]' for n in (*given, *carried)}
+    passed = ", ".join(f"{n}={places[n]}" for n in given)
+    state_code = [f"{', '.join(places[n] for n in carried)} = self.step_latents(state.scheduler, {passed})"]
+    if any(n not in values for n in (*given, *carried)):
         state_code.insert(0, 'inputs = state.extra["denoise"]')
     return [call], [statement(s) for s in state_code], [function]
 
 
-def _given_scheduler(original: cst.Attribute, updated: cst.Attribute) -> cst.BaseExpression:
-    return cst.Name("scheduler") if self_attribute(original) == "scheduler" else updated
+def _condition(analysis: Analysis, inputs: Sequence[str]) -> str:
+    """Whether the step is a guided one, as the loop itself can tell."""
+    guide = analysis.guidance
+    condition = guide.condition if isinstance(guide, Guidance) else None
+    if not isinstance(condition, cst.Name) or condition.value in writes(analysis.regions.predict):
+        return "False"
+    return condition.value

@@ -36,7 +36,7 @@ def whole_pieces(analysis: Analysis) -> Pieces:
     return Pieces(
         encode=tuple(encode), predict=(), overrides=(), step=(), step_scheduler=(), decode=tuple(decode), noise="",
         extras=(), carried=(), returned=tuple(returned), loop_inputs=tuple(inputs), predict_inputs=(),
-        decode_inputs=tuple(decode_inputs), step_inputs=(), splits=False, stepwise=Unknown(cut.reason),
+        decode_inputs=tuple(decode_inputs), step_inputs=(), splits=False, sample=None, stepwise=Unknown(cut.reason),
         denoise=tuple(without_refused(s) for s in denoise),
     )  # fmt: skip
 
