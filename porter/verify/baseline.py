@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import sys
@@ -158,8 +159,6 @@ class Stop(Exception):
 
 def job_signature(job):
     """Parameters of a pipeline's __call__ with their defaults, and its component classes."""
-    import inspect
-
     import diffusers
 
     cls = getattr(diffusers, job["class"])
@@ -198,11 +197,12 @@ def recorded(pipe, record, stop_after):
             raise Stop
         return result
 
-    def before(_module, args, kwargs):
+    def before(module, args, kwargs):
         record["calls"] += 1
         if record["first_call"] is None:
+            given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
             record["first_call"] = {
-                k: v.detach().clone() for k, v in kwargs.items() if hasattr(v, "detach") and v.numel() < 10**7
+                k: v.detach().clone() for k, v in given.items() if hasattr(v, "detach") and v.numel() < 10**7
             }
             record["timesteps"] = scheduler.timesteps.detach().clone()
         if stop_after == 0:

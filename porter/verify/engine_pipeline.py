@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import time
 import traceback
@@ -66,11 +67,12 @@ def recorded(pipe: Any, denoisers: tuple[str, ...], record: dict[str, Any], stop
             raise Stop
         return result
 
-    def before(_module: Any, args: Any, kwargs: Any) -> None:
+    def before(module: Any, args: Any, kwargs: Any) -> None:
         record["calls"] += 1
         if record["first_call"] is None:
+            given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
             record["first_call"] = {
-                k: v.detach().clone() for k, v in kwargs.items() if torch.is_tensor(v) and v.numel() < 10**7
+                k: v.detach().clone() for k, v in given.items() if torch.is_tensor(v) and v.numel() < 10**7
             }
             timesteps: Any = getattr(pipe.scheduler, "timesteps", None)
             if torch.is_tensor(timesteps):

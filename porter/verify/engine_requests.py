@@ -88,7 +88,7 @@ def requests_of(call: Mapping[str, Any]) -> tuple[list[Any], dict[str, str]]:
                     media[name] = value
                     media.setdefault(MAIN_MEDIA.get(name, name), value)
                 case Reach.EXTRA:
-                    extra[name] = _share(value, index, len(seeds), tensors=True)
+                    extra[name] = value if isinstance(value, list) else _share(value, index, len(seeds), tensors=True)
         prompt.setdefault("prompt", None)
         if media:
             prompt["multi_modal_data"] = media

@@ -124,3 +124,29 @@ def qwen3(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
 @builds("Qwen3ForCausalLM")
 def qwen3_lm(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     return _decoder("Qwen3", options, built, "ForCausalLM")
+
+
+@builds("GlmModel")
+def glm(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    return _decoder("Glm", options, built, "Model")
+
+
+@builds("GemmaModel", "GemmaPreTrainedModel")
+def gemma(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    return _decoder("Gemma", options, built, "Model")
+
+
+@builds("SmolLM3ForCausalLM")
+def smollm3(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    return _decoder("SmolLM3", options, built, "ForCausalLM")
+
+
+@builds("BertModel")
+def bert(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=len(tokenizer_of(options, built)), hidden_size=options.get("hidden_size", HIDDEN),
+        intermediate_size=64, num_hidden_layers=options.get("layers", 2), num_attention_heads=4, hidden_act="gelu",
+    )  # fmt: skip
+    return BertModel(config).eval()
