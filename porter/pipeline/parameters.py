@@ -44,7 +44,7 @@ def is_text(parameter: cst.Param) -> bool:
     if parameter.annotation is None:
         return parameter.name.value in ("prompt", "negative_prompt")
     text = code(parameter.annotation.annotation)
-    return "str" in text and "Tensor" not in text
+    return "str" in text and "list" in text.lower() and "Tensor" not in text
 
 
 def is_tensor(parameter: cst.Param) -> bool:

@@ -171,6 +171,17 @@ def job_signature(job):
     return {"parameters": parameters}
 
 
+def named_tensors(module, args, kwargs):
+    """Tensors of a call by parameter name; those in a list as `name[0]`, `name[1]`, ..."""
+    found = {}
+    for name, value in (dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs).items():
+        several = isinstance(value, (list, tuple))
+        for index, one in enumerate(value if several else [value]):
+            if hasattr(one, "detach"):
+                found[f"{name}[{index}]" if several else name] = one
+    return found
+
+
 def load_pipeline(job):
     import torch
 
@@ -200,10 +211,8 @@ def recorded(pipe, record, stop_after):
     def before(module, args, kwargs):
         record["calls"] += 1
         if record["first_call"] is None:
-            given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-            record["first_call"] = {
-                k: v.detach().clone() for k, v in given.items() if hasattr(v, "detach") and v.numel() < 10**7
-            }
+            given = named_tensors(module, args, kwargs)
+            record["first_call"] = {k: v.detach().clone() for k, v in given.items() if v.numel() < 10**7}
             record["timesteps"] = scheduler.timesteps.detach().clone()
         if stop_after == 0:
             raise Stop

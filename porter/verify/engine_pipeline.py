@@ -50,6 +50,17 @@ def loaded(job: Mapping[str, Any]) -> Iterator[tuple[engine_session.Session, Any
         yield s, runner
 
 
+def named_tensors(module: Any, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+    """Tensors of a call by parameter name; those in a list as `name[0]`, `name[1]`, ..."""
+    found: dict[str, torch.Tensor] = {}
+    for name, value in (dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs).items():
+        several = isinstance(value, (list, tuple))
+        for index, one in enumerate(value if several else [value]):
+            if torch.is_tensor(one):
+                found[f"{name}[{index}]" if several else name] = one
+    return found
+
+
 @contextlib.contextmanager
 def recorded(pipe: Any, denoisers: tuple[str, ...], record: dict[str, Any], stop_after: int | None) -> Iterator[None]:
     """Record scheduler steps and denoiser calls of `pipe` while a call runs (copies of the scheduler included)."""
@@ -70,10 +81,8 @@ def recorded(pipe: Any, denoisers: tuple[str, ...], record: dict[str, Any], stop
     def before(module: Any, args: Any, kwargs: Any) -> None:
         record["calls"] += 1
         if record["first_call"] is None:
-            given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-            record["first_call"] = {
-                k: v.detach().clone() for k, v in given.items() if torch.is_tensor(v) and v.numel() < 10**7
-            }
+            given = named_tensors(module, args, kwargs)
+            record["first_call"] = {k: v.detach().clone() for k, v in given.items() if v.numel() < 10**7}
             timesteps: Any = getattr(pipe.scheduler, "timesteps", None)
             if torch.is_tensor(timesteps):
                 record["timesteps"] = timesteps.detach().clone()

@@ -20,6 +20,7 @@ images: {image: [40, 56]}                         # random pictures: [height, wi
                                                   #   a list of such entries: several pictures
 tensors: {audio: [1, 2, 4000]}                    # random tensors of a shape: sound, given latents
 only: [plain, prompt-embeds]                      # beginnings of names: leave the other requests out
+apart: Diffusers pads prompts of a call to the longest, without a mask   # why a joint call of Diffusers is no reference
 cfg: {true_cfg_scale: 3.0}                        # what a request needs for two guidance branches
 """
 
@@ -38,10 +39,12 @@ from porter.verify.outcome import VerifyError
 
 KEYS = frozenset({
     "pipeline", "denoisers", "components", "call", "negative", "guidance", "odd", "everything", "embeds", "raises",
-    "extra", "omitted_stop", "omitted", "images", "tensors", "cfg", "only",
+    "extra", "omitted_stop", "omitted", "images", "tensors", "cfg", "only", "apart",
 })  # fmt: skip
 NEEDED = frozenset({"pipeline", "denoisers", "call"})
 SEED = 42
+PER_PROMPT = re.compile(r"(negative_)?prompt(_\d+)?")
+"""Texts of which a call with several prompts takes one each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,8 @@ def request_table(spec: PipelineSpec, parameters: Mapping[str, Any]) -> tuple[Re
     if "output_type" in parameters:
         cases.append(RequestCase("latent-output", guided | {"output_type": "latent"}))
     images, tensors = spec.get("images", {}), spec.get("tensors", {})
-    media = bool(images) or bool(tensors)
-    cases = [replace(c, images=images, tensors=tensors, apart=c.apart or (c.prompts > 1 and media)) for c in cases]
+    alone = any(map(bool, (images, tensors, spec.get("apart"))))
+    cases = [replace(c, images=images, tensors=tensors, apart=c.apart or (c.prompts > 1 and alone)) for c in cases]
     for kind, prefix in (("extra", ""), ("raises", "raises-")):
         for row in spec.get(kind, ()):
             drawn = {"images": row.get("images", images), "tensors": row.get("tensors", tensors)}
@@ -181,7 +184,7 @@ def _embeds_case(guided: Mapping[str, Any], group: list[Mapping[str, Any]], inde
 def _two_prompts(guided: Mapping[str, Any], per_prompt: int = 1) -> RequestCase:
     """Two prompts of different lengths, each with its own generator: two requests of one batch."""
     kwargs = {
-        k: [v, f"{v} and a much longer ending"] if isinstance(v, str) and "prompt" in k.split("_") else v
+        k: [v, f"{v} and a much longer ending"] if isinstance(v, str) and PER_PROMPT.fullmatch(k) else v
         for k, v in guided.items()
     }
     name = "two-prompts" if per_prompt == 1 else "two-prompts-two-each"

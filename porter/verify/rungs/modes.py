@@ -10,7 +10,7 @@ from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.compare import difference
 from porter.verify.manifest import Port
 from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of, skipped
-from porter.verify.pipeline_spec import SEED, PipelineSpec, RequestCase
+from porter.verify.pipeline_spec import PER_PROMPT, SEED, PipelineSpec, RequestCase
 from porter.verify.rungs.pipeline import (
     checkpoint_of,
     judge,
@@ -119,7 +119,7 @@ def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
     base = _guided(bench, spec)[0]
     texts = (lambda v: v, lambda v: f"{v}, and longer", lambda v: f"{v} seen from far away in the evening")
     joint = {
-        k: [t(v) for t in texts] if isinstance(v, str) and "prompt" in k.split("_") else v
+        k: [t(v) for t in texts] if isinstance(v, str) and PER_PROMPT.fullmatch(k) else v
         for k, v in base.kwargs.items()
     }
     seeds = [SEED, SEED + 1, SEED + 2]

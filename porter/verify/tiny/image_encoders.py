@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from porter.verify.tiny import builds
+from porter.verify.tiny import build_component, builds
+from porter.verify.tiny.tokenizers import CHAT_TEMPLATE
 
 
 @builds("CLIPImageProcessor")
@@ -34,6 +35,23 @@ def qwen2_vl_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> 
     pixels = {"min_pixels": 56 * 56, "max_pixels": options.get("max_pixels", 56 * 56 * 4)}
     return Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**pixels),
-        tokenizer=built["tokenizer"],
+        tokenizer=_tokenizer(built),
         video_processor=Qwen2VLVideoProcessor(**pixels),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _tokenizer(built: Mapping[str, Any]) -> Any:
+    return built["tokenizer"] if "tokenizer" in built else build_component("Qwen2Tokenizer", {}, built)
+
+
+@builds("Qwen3VLProcessor")
+def qwen3_vl_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=16),
+        tokenizer=_tokenizer(built),
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
     )

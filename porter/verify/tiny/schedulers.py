@@ -26,6 +26,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "CogVideoXDDIMScheduler": {},
     "DPMSolverSinglestepScheduler": {},
     "LCMScheduler": {},
+    "SCMScheduler": {},
+    "DDPMScheduler": {},
 }  # fmt: skip
 
 

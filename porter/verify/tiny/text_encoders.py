@@ -15,6 +15,7 @@ def qwen2_5_vl(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = tokenizer_of(options, built)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     hidden = options.get("hidden_size", HIDDEN)
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
@@ -35,6 +36,41 @@ def qwen2_5_vl(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
         vision_end_token_id=token("<|vision_end|>"),
     )  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def _qwen3_vl(name: str, options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    import transformers
+
+    processor = built.get("processor")
+    tokenizer = processor.tokenizer if processor is not None else tokenizer_of(options, built)
+    hidden = options.get("hidden_size", HIDDEN)
+    token = tokenizer.convert_tokens_to_ids
+    config = transformers.Qwen3VLConfig(
+        text_config={
+            "hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": options.get("layers", 2),
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4, "vocab_size": len(tokenizer),
+            "max_position_embeddings": 4096, "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 2], "mrope_interleaved": True},
+            "bos_token_id": token("<|endoftext|>"), "eos_token_id": token("<|im_end|>"),
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": hidden,
+            "deepstack_visual_indexes": [0],
+        },
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+    )  # fmt: skip
+    return getattr(transformers, name)(config).eval()
+
+
+@builds("Qwen3VLModel")
+def qwen3_vl(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    return _qwen3_vl("Qwen3VLModel", options, built)
+
+
+@builds("Qwen3VLForConditionalGeneration")
+def qwen3_vl_lm(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    return _qwen3_vl("Qwen3VLForConditionalGeneration", options, built)
 
 
 def _clip_config(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
