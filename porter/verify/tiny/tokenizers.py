@@ -75,7 +75,7 @@ def gemma(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
 @builds("PreTrainedTokenizerFast", "LlamaTokenizerFast")
 def byte_level(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     """Byte-level BPE without merges behind the general class, with a beginning-of-text token as Llama's."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # type: ignore[import-untyped]
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", *options.get("specials", ())]
