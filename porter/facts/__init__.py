@@ -5,5 +5,6 @@ from __future__ import annotations
 
 def load() -> None:
     """Import the modules that register facts for rules."""
+    import porter.facts.complex_rotation
     import porter.facts.layers
     import porter.facts.sequence.sites  # noqa: F401

@@ -67,10 +67,11 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     closure = close(unit.definitions, own, home, library, policy, run.normalise)
     short = stem(unit.root)
     folder = snake(short)
-    definitions = (*closure.helpers, *extra, *unit.definitions)
+    # Helpers are part of what the layers compute, so they are optimised with them.
+    optimised = run.rules(Unit((*closure.helpers, *extra, *unit.definitions), unit.root), "optimise")
     local = {**own, **closure.local, **{f"{TEMPLATE_MODULE}.{d.name}": d.name for d in extra}}
     return TransformerPort(
-        model.root.qualified, unit.root, folder, f"{folder}_transformer", definitions, local, merges,
+        model.root.qualified, unit.root, folder, f"{folder}_transformer", optimised.definitions, local, merges,
         whole, closure.decisions, (*run.diagnostics, *closure.diagnostics), tuple(run.statuses), run.edits,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ LAYER = absolute("vllm_omni.diffusion.attention.layer.Attention")
 METADATA = absolute("vllm_omni.diffusion.attention.backends.abstract.AttentionMetadata")
 WORLD_SIZE = absolute("vllm.distributed.get_tensor_model_parallel_world_size")
 DIVIDE = absolute("vllm.distributed.utils.divide")
+MASKED = absolute("porter_template.MaskedFlashAttention")
 
 Edit = tuple[cst.CSTNode, object]
 
@@ -40,7 +41,7 @@ def lower_attention(
         return LoweredAttention((), (), (Diagnostic("PORT303", f"{node.name.value}: {geometry.reason}"),))
     edits: list[Edit] = []
     scale: str | None = None
-    causal = "False"
+    causal, masked = "False", False
     for site in sites:
         bound = tree.arguments(site.call, ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"])
         if bound is None:
@@ -56,6 +57,7 @@ def lower_attention(
                 bound["query"] = tree.expression("query * scale", query=bound["query"], scale=bound["scale"])
         if "is_causal" in bound:
             causal = tree.code(bound["is_causal"])
+        masked = masked or _has_mask(bound)
         edits.append((site.call, _call(bound, site.layout)))
     statements: list[str] = []
     size, heads = geometry.head_size, geometry.heads
@@ -77,6 +79,8 @@ def lower_attention(
     arguments.append(f'role="{"cross" if role == "cross" else "self"}"')
     if role == "cross":
         arguments.append("skip_sequence_parallel=True")
+    if masked:  # the platform's default is FlashAttention, which takes key padding only
+        arguments.append(f'impl_overrides={{"FLASH_ATTN": {MASKED}}}')
     arguments.append('prefix=f"{prefix}.attn"')
     statements.append(f"self.attn = {LAYER}({', '.join(arguments)})")
     return LoweredAttention(tuple(edits), tuple(statements), ())
@@ -110,14 +114,17 @@ def _base(size: str) -> str:
     return size if size.replace(".", "").replace("_", "").isalnum() else f"({size})"
 
 
+def _has_mask(bound: dict[str, cst.BaseExpression]) -> bool:
+    return "attn_mask" in bound and tree.code(bound["attn_mask"]) != "None"
+
+
 def _call(bound: dict[str, cst.BaseExpression], layout: str) -> cst.BaseExpression:
     turn = ".transpose(1, 2)" if layout == "bhsd" else ""
-    mask = bound.get("attn_mask")
     text = f"self.attn(query{turn}, key{turn}, value{turn}"
     holes = {k: bound[k] for k in ("query", "key", "value")}
-    if mask is not None and tree.code(mask) != "None":
+    if _has_mask(bound):
         text += f", attn_metadata={METADATA}(attn_mask=mask) if mask is not None else None"
-        holes["mask"] = mask
+        holes["mask"] = bound["attn_mask"]
     return tree.expression(f"{text}){turn}", **holes)
 
 
