@@ -24,7 +24,7 @@ DENOISER = {
 }  # fmt: skip
 PARTS = ("encode", "latents", "decoded", "defaults", "guidance", "media")
 PIPELINE = {"cfg": "cfg_parallel", "step": "step_execution", "batch": "request_batch", "serve": "serving"}
-FIGURES = ("module_cases", "module_error", "tp_error", "rank_share", "bf16_ratio", "latents_error")
+FIGURES = ("module_cases", "module_error", "tp_error", "rank_share", "sp_error", "bf16_ratio", "latents_error")
 COLUMNS = (*ABOUT, *DENOISER, *PARTS, *PIPELINE, *FIGURES, "seconds")
 """`op_share`: part of the rewritten sites that Python ops handled. `rank_share`: largest part of the denoiser's parameters
 on one of two ranks. `bf16_ratio`: error in bfloat16 relative to that of Diffusers. Errors are relative L2. `seconds`: work
@@ -147,7 +147,8 @@ def _proof_of_denoiser(features: Mapping[str, Any]) -> Row:
     module, tp = _evidence(features, "transformer"), _evidence(features, "tensor_parallel")
     if "cases" in module:
         row["module_cases"] = str(module["cases"])
-    for column, figures in (("module_error", module), ("tp_error", tp)):
+    sp = _evidence(features, "sequence_parallel")
+    for column, figures in (("module_error", module), ("tp_error", tp), ("sp_error", sp)):
         if "worst_rel_l2" in figures:
             row[column] = f"{figures['worst_rel_l2']:.1e}"
     if tp.get("elements"):

@@ -105,13 +105,15 @@ def _apply_sequence_parallel(s: engine_session.Session, model: torch.nn.Module) 
 
 
 def _watch_sequence(model: torch.nn.Module, seen: list[int]) -> None:
-    """Note the sequence length (axis 1) of the first 3-D tensor that reaches each repeated block."""
+    """Note the number of tokens of the first 3-D tensor that reaches each repeated block, along the axis of the plan."""
+    specs = [spec for entry in model._sp_plan.values() if isinstance(entry, dict) for spec in entry.values()]
+    axis = next((spec.split_dim for spec in specs if spec.expected_dims == 3), 1)
 
     def hook(_module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         ordered = [kwargs[k] for k in ("hidden_states",) if k in kwargs] + list(args) + list(kwargs.values())
         for value in ordered:
             if torch.is_tensor(value) and value.dim() == 3:
-                seen.append(value.shape[1])
+                seen.append(value.shape[axis])
                 return
 
     for child in model.modules():

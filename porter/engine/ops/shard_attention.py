@@ -30,8 +30,9 @@ def shard_attention(site: Site, unit: Unit, args: Mapping[str, object]) -> list[
     if skip:
         value = cst.Name("True" if skip is True else "skip_sequence_parallel")
         kept.insert(position, tree.keyword_argument("skip_sequence_parallel", value))
-    if len(kept) != len(call.args):
-        edits.append(replaced(call, call.with_changes(args=kept)))
+    new = call.with_changes(args=kept)
+    if not tree.same(new, call):
+        edits.append(replaced(call, new))
     plan = sequence_plan(unit)
     if skip is not True and isinstance(plan, SequencePlan):
         uses = {id(u.call): u for u in plan.attention if u.owner == site.definition.name and u.key is not None}

@@ -29,18 +29,18 @@ def shard_sequence(site: Site, unit: Unit, args: Mapping[str, object]) -> list[E
     tables = _by_variable(plan.tables)
     single = {v: rows for v, rows in tables.items() if len(rows[0].parts) == 1}
     points = [*single, *(s.name for s in plan.streams)]
-    gather = plan.gather.module or f"gather_{plan.gather.variable}"
     built = [f"self.shard_{v} = {IDENTITY}()\n" for v in points]
+    gathers = (plan.gather, *plan.gather.also)
     if plan.gather.module is None:
-        built.append(f"self.{gather} = {IDENTITY}()\n")
+        built += [f"self.gather_{g.variable} = {IDENTITY}()\n" for g in gathers]
     edits: list[Edit] = [
-        inserted(init, [tree.statement(_plan_text(plan, single, gather))], after=False),
+        inserted(init, [tree.statement(_plan_text(plan, single))], after=False),
         inserted(tree.body(init)[-1], [s for text in built for s in tree.statements(text)]),
         inserted(plan.start, tree.statements("".join(_divide(plan, tables, single))), after=False),
     ]
     if plan.gather.module is None:
-        name = plan.gather.variable
-        edits.append(inserted(plan.gather.statement, [tree.statement(f"{name} = self.{gather}({name})\n")]))
+        lines = [tree.statement(f"{g.variable} = self.gather_{g.variable}({g.variable})\n") for g in gathers]
+        edits.append(inserted(plan.gather.statement, lines))
     return edits
 
 
@@ -51,7 +51,7 @@ def _by_variable(tables: Sequence[Entry]) -> dict[str, list[Entry]]:
     return found
 
 
-def _plan_text(plan: SequencePlan, single: Mapping[str, list[Entry]], gather: str) -> str:
+def _plan_text(plan: SequencePlan, single: Mapping[str, list[Entry]]) -> str:
     rows = []
     for variable, entries in single.items():
         specs = ", ".join(f"{e.path[0] if e.path else 0}: {_table(e)}" for e in entries)
@@ -62,7 +62,9 @@ def _plan_text(plan: SequencePlan, single: Mapping[str, list[Entry]], gather: st
             f'auto_pad=True, shard_group="{stream.name}")}},'
         )
     axis = plan.streams[0].axis
-    rows.append(f'"{gather}": {OUTPUT}(gather_dim={axis}, expected_dims=3, shard_group="{plan.gather.stream}"),')
+    for each in (plan.gather, *plan.gather.also):
+        point = each.module or f"gather_{each.variable}"
+        rows.append(f'"{point}": {OUTPUT}(gather_dim={axis}, expected_dims=3, shard_group="{each.stream}"),')
     return "_sp_plan = {" + " ".join(rows) + "}\n"
 
 
@@ -78,6 +80,11 @@ def _divide(plan: SequencePlan, tables: Mapping[str, list[Entry]], single: Mappi
         f"if {name} is not None and self.od_config.parallel_config.sequence_parallel_size > 1:\n"
         f'    raise NotImplementedError("`{name}` can not be divided between the ranks of sequence parallelism")\n'
         for name in plan.refused
+    ]
+    lines += [
+        f"if isinstance(self.{blocks}[0], {cls}) and self.od_config.parallel_config.sequence_parallel_size > 1:\n"
+        f'    raise NotImplementedError("tokens of `{cls}` can not be divided between the ranks of sequence parallelism")\n'
+        for blocks, cls in plan.mixing
     ]
     axes = {s.name: s.axis for s in plan.streams}
     for variable, entries in tables.items():

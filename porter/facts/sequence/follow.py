@@ -68,6 +68,7 @@ class Findings:
     attention: dict[int, list[AttentionUse]] = field(default_factory=dict)
     met: set[Entry] = field(default_factory=set)
     calls: dict[tuple[object, ...], Value] = field(default_factory=dict)
+    mixing: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Frame:
@@ -257,9 +258,8 @@ class Frame:
             return merged(self._eval(node.left, env), self._eval(node.right, env))
         if isinstance(node, cst.Comparison):
             values = [self.eval(node.left, env), *(self.eval(c.comparator, env) for c in node.comparisons)]
-            return (
-                operations.combine(values, self.findings.met) if any(isinstance(v, Tokens) for v in values) else OTHER
-            )
+            if any(isinstance(v, (Tokens, Whole)) for v in values) and not any(isinstance(v, Length) for v in values):
+                return operations.combine(values, self.findings.met)
         return OTHER
 
     def globals(self, name: str) -> Value:
@@ -416,8 +416,10 @@ class Frame:
     def comprehension(self, node: cst.ListComp | cst.GeneratorExp, env: Env) -> Value:
         inner = dict(env)
         values: list[Value] = []
-        builtin = tree.call_name(node.for_in.iter) in ("enumerate", "zip", "range", "reversed")
-        iterable = None if builtin else self.eval(node.for_in.iter, env)
+        over = node.for_in.iter
+        if isinstance(over, cst.Call) and tree.call_name(over) in ("enumerate", "zip", "reversed", "range"):
+            over = over.args[0].value
+        iterable = self.eval(over, env)
         for each in self.iterated(node.for_in.iter, env):
             self.bind(node.for_in.target, each, inner)
             values.append(self.eval(node.elt, inner))
@@ -560,6 +562,8 @@ class Frame:
         self, node: cst.Call | None, target: Instance, args: list[Value], kwargs: dict[str, Value], env: Env
     ) -> Value:
         """Call of a module: attention, a class that can be followed, or one that acts on the last axis."""
+        if self.depth == 0 and len(target.classes) > 1 and has_tokens(*args, *kwargs.values()):
+            target = self.without_mixing(node, target, args, kwargs, env)
         result: Value | None = None
         for cls in target.classes:
             if cls == ATTENTION:
@@ -576,6 +580,23 @@ class Frame:
                 value = opaque([*args, *kwargs.values()], cls)
             result = value if result is None else merged(result, value)
         return result if result is not None else OTHER
+
+    def without_mixing(
+        self, node: cst.Call | None, target: Instance, args: list[Value], kwargs: dict[str, Value], env: Env
+    ) -> Instance:
+        """Blocks of the root without those classes that mix tokens, as long as there are others."""
+        kept = []
+        problem: NotShardable | None = None
+        for cls in target.classes:
+            try:
+                self.module(node, Instance((cls,), target.origin), args, kwargs, env)
+                kept.append(cls)
+            except NotShardable as found:
+                problem = found
+                self.findings.mixing.add((target.origin, cls))
+        if not kept and problem is not None:
+            raise problem
+        return Instance(tuple(kept), target.origin)
 
     def methods(self, target: Partial, args: list[Value], kwargs: dict[str, Value]) -> Value:
         assert target.owner is not None

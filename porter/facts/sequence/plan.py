@@ -31,12 +31,13 @@ from porter.source.library import Library
 @dataclass(frozen=True, slots=True)
 class Gather:
     """After which statement the result is whole again: the call of a module of the root (`module`), or the end of the last
-    loop (None); `variable` holds it and `stream` are its tokens."""
+    loop (None); `variable` holds it and `stream` are its tokens. `also` are further variables, at the same place."""
 
     statement: cst.BaseStatement
     module: str | None
     variable: str
     stream: str
+    also: tuple[Gather, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,18 @@ class SequencePlan:
 
     `start` is the loop before which the tokens are divided; `streams` the variables that hold tokens there; `tables` what
     has one entry per token; `attention` every attention call and what it is given; `optional` the variables that may be None
-    at the start; `refused` the inputs that the plan has no place for, which must be None.
+    at the start; `refused` the inputs that the plan has no place for, which must be None;
+    `mixing` lists of blocks and a class of blocks they may be of, which mixes tokens.
     """
 
-    start: cst.For
+    start: cst.BaseStatement
     streams: tuple[Stream, ...]
     tables: tuple[Entry, ...]
     attention: tuple[AttentionUse, ...]
     gather: Gather
     optional: frozenset[str]
     refused: tuple[str, ...]
+    mixing: tuple[tuple[str, str], ...]
 
     def switched(self) -> frozenset[str]:
         """Classes whose attention is divided in one place of the model and not in another."""
@@ -96,10 +99,11 @@ def _plan(unit: Unit, library: Library | None) -> SequencePlan | Unknown:
     if forward is None:
         return Unknown("the class has no forward")
     classes = Classes(modules, library)
-    loops = _block_loops(forward, {p[:-2] for p in root.sites if p.endswith(".*")})  # type: ignore[union-attr]
+    lists = {p[:-2] for p in root.sites if p.endswith(".*")}  # type: ignore[union-attr]
+    steps = [s for s in tree.body(forward) if _block_loops(s, lists)]
     reasons: list[str] = []
-    for first in range(len(loops)):
-        region = loops[first:]
+    for first in range(len(steps)):
+        region = steps[first:]
         for axis in (1, 0):
             for refused in _refusals(forward):
                 try:
@@ -115,7 +119,7 @@ def _refusals(forward: cst.FunctionDef) -> list[tuple[str, ...]]:
     optional = [
         p.name.value for p in tree.parameters(forward) if p.default is not None and tree.code(p.default) == "None"
     ]
-    residuals = tuple(n for n in optional if "controlnet" in n)
+    residuals = tuple(n for n in optional if "controlnet" in n or "cache" in n)
     masks = tuple(n for n in optional if n == "attention_mask")
     return list(dict.fromkeys([(), residuals, masks, (*residuals, *masks)]))
 
@@ -141,24 +145,20 @@ def _with_more_streams(search: _Search, axis: int) -> SequencePlan:
     raise NotShardable("more and more tensors are concatenated with the tokens")
 
 
-def _block_loops(forward: cst.FunctionDef, lists: set[str]) -> list[cst.For]:
-    """Loops over lists of modules, in order; loops inside such a loop belong to it."""
-    found: list[cst.For] = []
-    inside: set[int] = set()
-    for loop in tree.find(forward.body, cst.For):
-        if id(loop) in inside:
-            continue
-        if any(tree.self_attribute(a) in lists for a in tree.find(loop.iter, cst.Attribute)):
-            found.append(loop)
-            inside |= {id(n) for n in tree.find(loop.body, cst.For)}
-    return found
+def _block_loops(step: cst.BaseStatement, lists: set[str]) -> list[cst.For]:
+    """Loops over lists of modules in a statement of the forward: one itself, or some in its branches."""
+    return [
+        loop
+        for loop in tree.find(step, cst.For)
+        if any(tree.self_attribute(a) in lists for a in tree.find(loop.iter, cst.Attribute))
+    ]
 
 
-def _streams(region: list[cst.For], forward: cst.FunctionDef) -> tuple[str, ...]:
+def _streams(region: list[cst.BaseStatement], forward: cst.FunctionDef) -> tuple[str, ...]:
     """Variables that calls of blocks read and write, and that exist before the first of the loops."""
     found: dict[str, None] = {}
     before = _defined_before(forward, region[0])
-    for loop in region:
+    for loop in (each for step in region for each in tree.find(step, cst.For)):
         for assign in tree.find(loop.body, cst.Assign):
             if not isinstance(assign.value, cst.Call):
                 continue
@@ -174,14 +174,27 @@ def _names(target: cst.BaseExpression) -> list[str]:
     return [target.value] if isinstance(target, cst.Name) else []
 
 
-def _read_after(forward: cst.FunctionDef, loop: cst.For) -> frozenset[str]:
+def _read_after(forward: cst.FunctionDef, loop: cst.BaseStatement) -> frozenset[str]:
     """Names that occur in the loop or after it."""
     nodes = list(tree.walk(forward.body))
     start = next(i for i, n in enumerate(nodes) if n is loop)
     return frozenset(n.value for n in nodes[start:] if isinstance(n, cst.Name))
 
 
-def _defined_before(forward: cst.FunctionDef, loop: cst.For) -> set[str]:
+def _maybe_none(forward: cst.FunctionDef) -> set[str]:
+    """Variables that may hold None: set so somewhere, or optional inputs that nothing else is assigned to."""
+    absent: set[str] = set()
+    given: set[str] = set()
+    for assign in tree.find(forward.body, cst.Assign):
+        names = [n for t in assign.targets for n in _names(t.target)]
+        (absent if tree.code(assign.value) == "None" else given).update(names)
+    defaults = {
+        p.name.value for p in tree.parameters(forward) if p.default is not None and tree.code(p.default) == "None"
+    }
+    return absent | (defaults - given)
+
+
+def _defined_before(forward: cst.FunctionDef, loop: cst.BaseStatement) -> set[str]:
     names = {p.name.value for p in tree.parameters(forward)}
     for node in tree.walk(forward.body):
         if node is loop:
@@ -203,7 +216,12 @@ class _Search:
     """Tries places for the gather, the latest first."""
 
     def __init__(
-        self, unit: Unit, classes: Classes, forward: cst.FunctionDef, region: list[cst.For], refused: tuple[str, ...]
+        self,
+        unit: Unit,
+        classes: Classes,
+        forward: cst.FunctionDef,
+        region: list[cst.BaseStatement],
+        refused: tuple[str, ...],
     ) -> None:
         self.unit, self.classes, self.forward, self.region, self.refused = unit, classes, forward, region, refused
 
@@ -215,7 +233,8 @@ class _Search:
         if not scan.finished:
             assert problem is not None
             raise problem
-        candidates = [*reversed(scan.calls), *(Gather(self.region[-1], None, s.name, s.name) for s in streams)]
+        singles = [Gather(self.region[-1], None, s.name, s.name) for s in streams if s.rank == 3]
+        candidates = [*reversed(scan.calls), *singles, replace(singles[0], also=tuple(singles[1:]))]
         for candidate in candidates:
             run = self.follow(streams, candidate)
             if run.problem is None:
@@ -223,7 +242,10 @@ class _Search:
                 self._check(tables)
                 attention = tuple(u for uses in run.findings.attention.values() for u in uses)
                 _check_attention(attention)
-                return SequencePlan(self.region[0], streams, tables, attention, candidate, run.optional, self.refused)
+                mixing = tuple(sorted(run.findings.mixing))
+                return SequencePlan(
+                    self.region[0], streams, tables, attention, candidate, run.optional, self.refused, mixing
+                )
             problem = problem or run.problem
         raise problem if problem is not None else NotShardable("the tokens can't be put together again")
 
@@ -281,8 +303,7 @@ class _Root(Frame):
         for param in tree.parameters(forward)[1:]:
             name = param.name.value
             env[name] = NONE if name in refused else whole("source", name=name)
-        self.maybe_none = {p.name.value for p in tree.parameters(forward) if p.default is not None
-                           and tree.code(p.default) == "None"}  # fmt: skip
+        self.maybe_none = _maybe_none(forward)
         try:
             self.block(tree.body(forward), env)
             if any(isinstance(v, Tokens) for r in self.returned for v in flattened(r)):
@@ -299,7 +320,8 @@ class _Root(Frame):
             if self.left == 0:
                 self.finished = True
                 if self.gather is not None and self.gather.module is None:
-                    env[self.gather.variable] = whole("opaque", name="gathered")
+                    for each in (self.gather, *self.gather.also):
+                        env[each.variable] = whole("opaque", name="gathered")
         elif self.finished and isinstance(stmt, cst.SimpleStatementLine):
             self.note(stmt, env)
         return reached
