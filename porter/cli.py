@@ -175,13 +175,16 @@ def status(
 
 @app.command()
 def coverage(
+    classes: Annotated[list[str] | None, typer.Argument(metavar="[CLASS...]", help="Try these instead.")] = None,
     out: Out = Path("generated"),
     corpus: Annotated[Path, typer.Option(help="Folder with the configurations of denoisers.")] = CORPUS,
+    source: Source = None,
 ) -> None:
-    """Every class and what is proven about it, as CSV; tests/corpus/coverage.csv is a copy of this."""
+    """Every class and what is proven about it, as CSV; tests/corpus/coverage.csv is a copy of this. With classes, what
+    their conversion gives, of another version of Diffusers, say; nothing is written."""
     from porter.commands import coverage as run
 
-    raise typer.Exit(run(out, corpus))
+    raise typer.Exit(run(classes or [], out, corpus, source))
 
 
 @app.command()

@@ -247,11 +247,15 @@ def _print_catalogue(out: Path, corpus: Path) -> None:
         print(f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names)} pipelines: {reason}")
 
 
-def coverage(out: Path, corpus: Path) -> int:
-    """`porter coverage`: the table of classes and proofs."""
+def coverage(classes: list[str], out: Path, corpus: Path, source: Path | None = None) -> int:
+    """`porter coverage`: the table of classes and proofs, or that of a trial."""
     from porter.coverage import table
     from porter.resources import RULES
+    from porter.trial import trial
 
+    if classes:
+        sys.stdout.write(trial(classes, source))
+        return OK
     _manifest(out / "manifest.json")  # says what is wrong with a folder that has none
     sys.stdout.write(table(out, corpus, RULES / "models"))
     return OK
