@@ -27,9 +27,10 @@ from porter.facts.pipeline import (
 )  # fmt: skip
 from porter.facts.pipeline.liveness import uses
 from porter.facts.pipeline.members import self_reads
+from porter.facts.pipeline.undefined import asked_for, undefined
 from porter.model import Diagnostic, PorterError, SiteStatus, Span, Unknown
 from porter.pipeline.cleanup import bind_to_port, clean
-from porter.pipeline.fold import PRESENT, Knowledge
+from porter.pipeline.fold import ABSENT, PRESENT, Knowledge
 from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
 from porter.pipeline.localise import is_self_assignment, localise
 from porter.pipeline.model import Parameter
@@ -94,7 +95,7 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     names = [c.name for c in parts if c.role == "denoiser"]
     found = bind_to_port(found, names, [c.name for c in parts if not c.loads])
     call = found.method("__call__") or call
-    known = _knowledge(parts)
+    known = _knowledge(library, found, parts)
     refused = {p.name: _literal(p.default) for p in mapping if p.place == "refused"}
     refused["return_dict"] = True
     statements: list[cst.BaseStatement] = strip_docstring(body(call))
@@ -157,9 +158,10 @@ def _literal(default: str | None) -> object:
     return value if isinstance(value, (bool, int, str)) else None
 
 
-def _knowledge(parts: Sequence[Component]) -> Knowledge:
+def _knowledge(library: Library, found: Members, parts: Sequence[Component]) -> Knowledge:
+    never = undefined(library, found, asked_for(found) - {c.name for c in parts})
     present = {c.name: PRESENT for c in parts if c.loads and not c.optional}
-    return Knowledge(attributes=present)
+    return Knowledge(attributes={**dict.fromkeys(never, ABSENT), **present})
 
 
 def _state_read_by_helpers(

@@ -10,6 +10,7 @@ import libcst as cst
 from porter.engine import RuleSet
 from porter.facts.pipeline import Component, Loop, Regions, Stages
 from porter.facts.pipeline.liveness import live_before, writes
+from porter.facts.pipeline.undefined import undefined
 from porter.model import Definition, Diagnostic, PorterError, Unit, Unknown
 from porter.pipeline.analysis import Analysis, analyse, in_stages
 from porter.pipeline.batching import batching
@@ -37,7 +38,7 @@ from porter.source.marks import strip
 from porter.source.names import absolute
 from porter.source.tree import body, code
 
-NOT_CUT, NOT_REACHED, NOT_LOADED = "PORT501", "PORT503", "PORT504"
+NOT_CUT, NOT_REACHED, NOT_LOADED, NOT_SET = "PORT501", "PORT503", "PORT504", "PORT505"
 SIBLING = "sibling"
 """Pseudo package of the other files in the port's folder: `sibling.<module>.<Class>` is imported relatively."""
 
@@ -66,11 +67,12 @@ def port_pipeline(
     used = used_components(analysis)
     ported = [known.get(c.name) or _conventional(c) for c in analysis.denoisers if c.name in used]
     lost = unresolved(analysis, cut)
-    if lost:
+    never = undefined(library, analysis.members, lost)
+    if set(lost) - never:
         raise PorterError(
             Diagnostic(
                 NOT_LOADED,
-                f"{qualified_name}: nothing in a port sets {', '.join(f'self.{n}' for n in lost)}",
+                f"{qualified_name}: nothing in a port sets {', '.join(f'self.{n}' for n in lost if n not in never)}",
                 analysis.call_span,
             )
         )
@@ -95,9 +97,15 @@ def port_pipeline(
         unit=Unit(tuple(nodes), cls.name), parameters=analysis.parameters, features=features, pre_process=None,
         post_process=f"get_{stem}_post_process_func" if finished.function is not None else None, denoisers=tuple(ported),
         denoiser_reads=denoiser_reads(analysis),
-        diagnostics=analysis.diagnostics, statuses=analysis.statuses,
+        diagnostics=(*analysis.diagnostics, *_never_set(analysis, sorted(never))), statuses=analysis.statuses,
         siblings={f"{SIBLING}.{d.module}.{d.cls}": d.cls for d in ported},
     )  # fmt: skip
+
+
+def _never_set(analysis: Analysis, names: Sequence[str]) -> list[Diagnostic]:
+    """Diffusers' own gaps: the port raises there as Diffusers does."""
+    text = "Diffusers itself never sets self.{}; whatever needs it raises AttributeError there and in the port"
+    return [Diagnostic(NOT_SET, text.format(name), analysis.call_span) for name in names]
 
 
 def _cut(analysis: Analysis) -> tuple[Analysis, Pieces]:
@@ -142,7 +150,10 @@ def _definitions(
     packages = optional_packages(library, analysis.members)
     out = [import_where_used(d, packages) for d in clean(carried, ruleset).definitions]
     vae = _vae_table(analysis, tables)
-    for each in render("pipeline/load_component.py.jinja", {}, vae_classes=bool(vae), vae_table=_vae_text(vae)):
+    for each in render(
+        "pipeline/load_component.py.jinja", {}, vae_classes=bool(vae), vae_table=_vae_text(vae),
+        pipeline_packages=_pipeline_packages(analysis),
+    ):  # fmt: skip
         out.append(home(each.name.value, each))  # type: ignore[attr-defined]
     if finished.function is not None:
         out += [home(f.name.value, f) for f in finished.function]  # type: ignore[attr-defined]
@@ -159,6 +170,14 @@ def _vae_table(analysis: Analysis, tables: Tables) -> dict[str, str]:
         for c in part.classes
         if c in tables.vae
     }
+
+
+def _pipeline_packages(analysis: Analysis) -> str:
+    """Packages below `diffusers.pipelines` that a checkpoint may name as the home of a component."""
+    used = used_components(analysis)
+    classes = [c for part in analysis.components if part.name in used and part.role != "denoiser" for c in part.classes]
+    found = {c.split(".")[2] for c in classes if c.startswith("diffusers.pipelines.")}
+    return _tuple(sorted(found)) if found else ""
 
 
 def _vae_text(table: Mapping[str, str]) -> str:

@@ -22,6 +22,9 @@ UNKNOWN = object()
 PRESENT = object()
 """A component that is certainly there: not None, true, and no builtin container or scalar."""
 
+ABSENT = object()
+"""An attribute that nothing ever sets: only `getattr` with a default and `hasattr` know an answer."""
+
 
 @dataclass(frozen=True)
 class Knowledge:
@@ -40,7 +43,8 @@ def value_of(node: cst.BaseExpression, known: Knowledge) -> object:
     if isinstance(node, cst.Name):
         return _name(node.value, known)
     if isinstance(node, cst.Attribute) and isinstance(node.value, cst.Name) and node.value.value == "self":
-        return known.attributes.get(node.attr.value, UNKNOWN)
+        value = known.attributes.get(node.attr.value, UNKNOWN)
+        return UNKNOWN if value is ABSENT else value
     if isinstance(node, (cst.SimpleString, cst.Integer, cst.Float)):
         return node.evaluated_value
     if isinstance(node, cst.UnaryOperation) and isinstance(node.operator, cst.Not):
@@ -119,6 +123,8 @@ def _call(node: cst.Call, known: Knowledge) -> object:
         return _is_instance(value_of(args[0], known), args[1])
     if name in ("getattr", "hasattr") and on_self and len(args) > 1 and isinstance(args[1], cst.SimpleString):
         value = known.attributes.get(str(args[1].evaluated_value), UNKNOWN)
+        if value is ABSENT:
+            return False if name == "hasattr" else value_of(args[2], known) if len(args) > 2 else UNKNOWN
         return UNKNOWN if value is UNKNOWN else (True if name == "hasattr" else value)
     return UNKNOWN
 

@@ -10,11 +10,13 @@ import libcst as cst
 from porter.facts.pipeline.liveness import live_before, names_of, uses, writes
 from porter.pipeline.fold import UNKNOWN, Knowledge, fold, unchanged, value_of, with_comments
 from porter.source.names import DOT
-from porter.source.tree import body, find, with_body
+from porter.source.tree import body, find, self_attribute, with_body
 
 _HARMLESS = frozenset(
     {"len", "max", "min", "int", "float", "bool", "abs", "round", "isinstance", "hasattr", "list", "tuple"}
 )
+_HARMLESS_METHODS = frozenset({"chunk", "split", "unbind"})
+"""Methods of tensors that only give other views of them."""
 
 
 def settle(
@@ -89,7 +91,7 @@ def drop_dead(statements: Sequence[cst.BaseStatement], live: Iterable[str] = ())
 def _live_statement(statement: cst.BaseStatement, live: set[str]) -> cst.BaseStatement | None:
     if isinstance(statement, cst.SimpleStatementLine) and len(statement.body) == 1:
         node = statement.body[0]
-        if isinstance(node, cst.Assign) and all(isinstance(t.target, cst.Name) for t in node.targets):
+        if isinstance(node, cst.Assign) and all(_plain_target(t.target) for t in node.targets):
             bound = {n for t in node.targets for n in names_of(t.target)}
             if not bound & live and _pure(node.value):
                 return None
@@ -104,6 +106,13 @@ def _live_statement(statement: cst.BaseStatement, live: set[str]) -> cst.BaseSta
     if isinstance(statement, cst.With):
         return _with_suite(statement, drop_dead(body(statement), live))
     return statement
+
+
+def _plain_target(target: cst.BaseExpression) -> bool:
+    """A name, or a tuple of names."""
+    if isinstance(target, cst.Tuple):
+        return all(isinstance(e.value, cst.Name) for e in target.elements)
+    return isinstance(target, cst.Name)
 
 
 def _with_suite(statement: cst.For | cst.With | cst.Else, inner: list[cst.BaseStatement]):  # noqa: ANN202 - same class
@@ -128,6 +137,9 @@ def _live_if(node: cst.If, live: set[str]) -> cst.If | None:
 
 def _pure(node: cst.BaseExpression) -> bool:
     for call in find(node, cst.Call):
+        if isinstance(call.func, cst.Attribute) and call.func.attr.value in _HARMLESS_METHODS:
+            if self_attribute(call.func) is None:
+                continue
         if not isinstance(call.func, cst.Name) or call.func.value not in _HARMLESS:
             return False
     return not any(True for _ in find(node, cst.NamedExpr, cst.Await, cst.Yield))

@@ -86,7 +86,10 @@ class ModuleSource:
 
     @cached_property
     def definitions(self) -> dict[str, TopLevel]:
-        """Top-level names; definitions inside module-level `if`/`try` count, the first one wins."""
+        """Top-level names; definitions inside module-level `if`/`try` count, the first one wins.
+
+        A definition that only stands in for an import which may fail does not count: the import is what is meant.
+        """
         found: dict[str, TopLevel] = {}
         for chunk in self._chunks:
             line = self.lines[chunk.start - 1]
@@ -100,7 +103,10 @@ class ModuleSource:
                     else "FunctionDef"
                 )
                 found.setdefault(name, TopLevel(name, kind, chunk.first, chunk.start, chunk.last))
+        stand_ins = {id(n) for block in self.blocks for n in _stand_ins(block)}
         for node in _module_level(self.blocks):
+            if id(node) in stand_ins:
+                continue
             if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign)):
                 for name in _names(node):
                     found.setdefault(name, _top_level(name, node))
@@ -176,6 +182,17 @@ def _names(node: ast.stmt) -> list[str]:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return [t.id for t in targets if isinstance(t, ast.Name)]
     return []
+
+
+def _stand_ins(block: ast.stmt) -> list[ast.stmt]:
+    """Classes and functions of an `else` or `except` whose name the guarded block imports from elsewhere."""
+    if not isinstance(block, (ast.If, ast.Try)):
+        return []
+    imported = {
+        a.asname or a.name for n in block.body if isinstance(n, ast.ImportFrom) and not n.level for a in n.names
+    }
+    others = [*block.orelse, *(n for h in getattr(block, "handlers", ()) for n in h.body)]
+    return [n for n in others if isinstance(n, (ast.ClassDef, ast.FunctionDef)) and n.name in imported]
 
 
 def _module_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:

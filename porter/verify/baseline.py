@@ -243,10 +243,11 @@ def recorded(pipe, record, stop_after):
 
 def _spy(original, record):
     @functools.wraps(original)
-    def postprocess(tensor, *args, **kwargs):
+    def postprocess(*args, **kwargs):
+        tensor = args[0] if args else kwargs.get("video", kwargs.get("image"))
         if record["decoded"] is None and hasattr(tensor, "detach"):
             record["decoded"] = tensor.detach().clone()
-        return original(tensor, *args, **kwargs)
+        return original(*args, **kwargs)
 
     return postprocess
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porter.pipeline.fold import PRESENT, Knowledge, fold
+from porter.pipeline.fold import ABSENT, PRESENT, Knowledge, fold
 from porter.pipeline.prune import settle
 from tests.pipeline.conftest import statements, text_of
 
@@ -74,4 +74,18 @@ def test_a_component_is_no_list() -> None:
     known = {"attributes": {"net": PRESENT}}
     assert folded("if isinstance(self.net, (list, tuple)):\n    x = 1\n", **known) == ""
     source = "if isinstance(self.net, Other):\n    x = 1\n"
+    assert folded(source, **known) == source
+
+
+def test_halves_nobody_reads_are_not_made() -> None:
+    assert settled("a, _ = a.chunk(2)\nb = 1\n", live=("b",)) == "b = 1\n"
+    kept = "a, _ = self.chunk(2)\nb = 1\n"
+    assert settled(kept, live=("b",)) == kept
+
+
+def test_a_default_for_what_nothing_sets_is_its_value() -> None:
+    known = {"attributes": {"head": ABSENT}}
+    assert folded("if getattr(self, 'head', None) is not None:\n    x = 1\n", **known) == ""
+    assert folded("if hasattr(self, 'head'):\n    x = 1\n", **known) == ""
+    source = "x = self.head\n"
     assert folded(source, **known) == source

@@ -122,11 +122,6 @@ def test_two_scheduler_steps_make_one_piece(studio: Studio) -> None:
     assert "more than one place" in port.features["step_execution"].reason
 
 
-def test_an_attribute_nobody_sets_is_diagnosed(studio: Studio) -> None:
-    with pytest.raises(PorterError, match=r"self\.missing"):
-        studio.port(PIPELINE.replace("height = height or 64", "height = height or self.missing"))
-
-
 def test_prompts_padded_to_the_longest_do_not_share_a_call_without_a_mask(studio: Studio) -> None:
     port = studio.port(PIPELINE.replace('padding="max_length"', "padding=True"))
     assert port.features["request_batch"].status == "unsupported"
@@ -223,3 +218,22 @@ def test_a_paste_into_pictures_happens_before_post_processing(studio: Studio) ->
 def test_any_other_use_of_post_processed_output_is_diagnosed(studio: Studio) -> None:
     with pytest.raises(PorterError, match="used again"):
         studio.port(overlaid("            image = image[0]\n"))
+
+
+def test_what_diffusers_itself_never_sets_is_a_finding_not_a_refusal(studio: Studio) -> None:
+    source = PIPELINE.replace(
+        "image = self.vae.decode(latents, return_dict=False)[0]", "image = self.decode_it(latents)"
+    )
+    port = studio.port(source)
+    assert "self.decode_it(latents)" in printed(port)
+    assert [d.code for d in port.diagnostics if "decode_it" in d.message] == ["PORT505"]
+
+
+def test_two_results_leave_together(studio: Studio) -> None:
+    source = PIPELINE.replace("return TinyOutput(images=image)", "return TinyOutput(frames=image, audio=embeds)")
+    source = source.replace("self.image_processor.postprocess(image", "self.image_processor.postprocess_video(image")
+    source = source.replace("return (image,)", "return (image, embeds)")
+    code = printed(studio.port(source))
+    assert "return image, embeds" in code
+    assert "video, audio = output" in code
+    assert "support_audio_output: ClassVar[bool] = True" in code

@@ -119,3 +119,9 @@ def test_code_in_the_first_column_of_a_bracket_does_not_cut_a_definition(shelf):
     library = shelf.write({"m.py": text}).library
     assert len(library.definition("diffusers.m.f").node.body.body) == 2
     assert library.entry("diffusers.m.f").last_line == 5
+
+
+def test_a_class_that_stands_in_for_a_missing_package_is_not_what_is_meant(shelf):
+    text = "if is_extra_available():\n    from extra import Checker\nelse:\n\n    class Checker:\n        pass\n"
+    library = shelf.write({"m.py": text}).library
+    assert library.canonical("diffusers.m.Checker") == "extra.Checker"

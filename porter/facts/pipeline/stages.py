@@ -10,7 +10,7 @@ import libcst as cst
 from porter.facts.pipeline.members import self_reads
 from porter.facts.pipeline.regions import denoiser_calls, is_progress, model_aliases, unwrap_progress
 from porter.model import Unknown
-from porter.source.tree import body, find, with_body
+from porter.source.tree import body, children, with_body
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,16 @@ def stages(
     if not places:
         return Unknown("nothing calls a denoiser")
     first, last = places[0], places[-1] + 1
-    early = [s for s in flat[:last] if any(True for _ in find(s, cst.Return))]
-    if early:
+    if any(_returns(s) for s in flat[:last]):
         return Unknown("the call returns before it denoises")
     return Stages(tuple(flat[:first]), tuple(flat[first:last]), tuple(flat[last:]), reason)
+
+
+def _returns(node: cst.CSTNode) -> bool:
+    """Whether the call itself, not a function that it defines, returns there."""
+    return isinstance(node, cst.Return) or (
+        not isinstance(node, cst.FunctionDef) and any(_returns(c) for c in children(node))
+    )
 
 
 def _callers(methods: Mapping[str, cst.CSTNode], denoisers: Collection[str]) -> frozenset[str]:

@@ -22,6 +22,7 @@ MODULES = (
     "controlnets",
     "video_autoencoders",
     "audio",
+    "vision_language",
 )
 
 
@@ -56,9 +57,15 @@ def build_component(class_name: str, options: Mapping[str, Any], built: Mapping[
 def random_model(class_name: str, config: Mapping[str, Any], seed: int) -> Any:
     """A Diffusers model with all weights random (no zero-init is left); drawn as `baseline.randomize` does."""
     import diffusers
+
+    return random_weights(getattr(diffusers, class_name)(**config), seed)
+
+
+def random_weights(model: Any, seed: int) -> Any:
+    """The model with all weights random."""
     import torch
 
-    model = getattr(diffusers, class_name)(**config).eval()
+    model = model.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -71,5 +78,6 @@ def random_model(class_name: str, config: Mapping[str, Any], seed: int) -> Any:
 
 
 def tokenizer_of(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
-    """The tokenizer that belongs to a text encoder: named by option `tokenizer`, else by the same suffix."""
-    return built[options.get("tokenizer", "tokenizer")]
+    """The tokenizer that belongs to a text encoder, or that of its processor: option `tokenizer`, else the same suffix."""
+    found = built[options.get("tokenizer", "tokenizer")]
+    return getattr(found, "tokenizer", found)
