@@ -245,7 +245,7 @@ def _spy(original, record):
     @functools.wraps(original)
     def postprocess(*args, **kwargs):
         tensor = args[0] if args else kwargs.get("video", kwargs.get("image"))
-        if record["decoded"] is None and hasattr(tensor, "detach"):
+        if record["decoded"] is None and tensor is not None and hasattr(tensor, "detach"):
             record["decoded"] = tensor.detach().clone()
         return original(*args, **kwargs)
 
