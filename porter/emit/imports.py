@@ -8,8 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from porter.source.names import DOT, ESCAPED_DOT
+
 _NAME = re.compile(r"(?<![\w\u00b7])[A-Za-z_]\w*(?:\u00b7\w*)+")
-DOT = "\u00b7"
 
 ALIASES = {"torch.nn.functional": "F", "torch.nn": "nn", "numpy": "np"}
 """Modules with a customary short name."""
@@ -51,7 +52,7 @@ def resolve_imports(body: str, local: Mapping[str, str]) -> Resolved:
     for module, names in members.items():
         wanted = ", ".join(f"{n} as {a}" if a != n else n for n, a in sorted(names.items()))
         lines[f"from {module} import {wanted}"] = None
-    return Resolved(text, _sorted(lines))
+    return Resolved(text.replace(ESCAPED_DOT, DOT), _sorted(lines))
 
 
 def _sorted(lines: Iterable[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from porter.model import Definition, Diagnostic, PorterError, Span, Unknown
 from porter.source import outline
 from porter.source.absolutise import Resolver, absolutise
-from porter.source.names import DOT
+from porter.source.names import DOT, ESCAPED_DOT
 
 PACKAGE = "diffusers"
 _VERSION = re.compile(r"""^__version__ *= *(["'])(?P<version>[^"']+)\1""", re.MULTILINE)
@@ -43,7 +43,7 @@ class ModuleSource:
         self.path = path
         self.file = path.relative_to(root).as_posix()
         self.is_package = path.name == "__init__.py"
-        self.text = path.read_text(encoding="utf-8")
+        self.text = path.read_text(encoding="utf-8").replace(DOT, ESCAPED_DOT)
         self._nodes: dict[str, ast.stmt | None] = {}
 
     @cached_property

@@ -14,6 +14,8 @@ import builtins
 import libcst as cst
 
 DOT = "\u00b7"
+ESCAPED_DOT = "\ue000"
+"""Stands for a `\u00b7` that the source itself holds, in a comment or a text, until the file is printed."""
 BUILTINS = frozenset(dir(builtins))
 
 

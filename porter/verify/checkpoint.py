@@ -71,7 +71,15 @@ def build_checkpoint(pipeline_class: str, spec: Mapping[str, Any], out: Path | s
             built[name] = build_component(class_name, options, built)
     pipe = pipeline(**built)
     pipe.save_pretrained(str(out), max_shard_size=SHARD)
+    _drop_unsaved(Path(out) / "model_index.json")
     return Path(out)
+
+
+def _drop_unsaved(index: Path) -> None:
+    """Take components out of the index that Diffusers lists and does not save (those with a default)."""
+    rows = json.loads(index.read_text())
+    kept = {n: v for n, v in rows.items() if not isinstance(v, list) or v[0] is None or (index.parent / n).is_dir()}
+    index.write_text(json.dumps(kept, indent=2))
 
 
 def _order(name: str) -> tuple[int, str]:

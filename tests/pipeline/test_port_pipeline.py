@@ -237,3 +237,8 @@ def test_two_results_leave_together(studio: Studio) -> None:
     assert "return image, embeds" in code
     assert "video, audio = output" in code
     assert "support_audio_output: ClassVar[bool] = True" in code
+
+
+def test_a_middle_dot_in_a_comment_is_no_name(studio: Studio) -> None:
+    comment = "                # one number per image"
+    assert "# x - t\u00b7v" in printed(studio.port(PIPELINE.replace(comment, "                # x - t\u00b7v")))

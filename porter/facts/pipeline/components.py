@@ -19,9 +19,10 @@ Role = Literal[
 ]
 
 _ENDINGS: tuple[tuple[str, Role], ...] = (
-    ("Tokenizer", "tokenizer"), ("TokenizerFast", "tokenizer"), ("Scheduler", "scheduler"), ("Schedulers", "scheduler"),
-    ("SchedulerMixin", "scheduler"), ("ImageProcessor", "processor"), ("FeatureExtractor", "processor"),
-    ("Processor", "processor"), ("ProcessorFast", "processor"),
+    ("Tokenizer", "tokenizer"), ("TokenizerFast", "tokenizer"), ("TokenizerBase", "tokenizer"),
+    ("Scheduler", "scheduler"), ("Schedulers", "scheduler"), ("SchedulerMixin", "scheduler"),
+    ("ImageProcessor", "processor"), ("FeatureExtractor", "processor"), ("Processor", "processor"),
+    ("ProcessorFast", "processor"),
 )  # fmt: skip
 _NAMED: tuple[tuple[str, Role], ...] = (
     ("scheduler", "scheduler"), ("tokenizer", "tokenizer"), ("feature_extractor", "processor"), ("processor", "processor"),
@@ -89,6 +90,8 @@ def _role(name: str, classes: tuple[str, ...]) -> Role:
                 return role
         if cls.startswith(("diffusers.models.transformers.", "diffusers.models.unets.")):
             return "denoiser"
+        if cls.startswith("diffusers.guiders."):
+            return "processor"
         if ".autoencoders." in cls:
             return "vae"
     if any(c.startswith("transformers.") for c in classes):

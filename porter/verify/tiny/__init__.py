@@ -23,6 +23,7 @@ MODULES = (
     "video_autoencoders",
     "audio",
     "vision_language",
+    "guiders",
 )
 
 

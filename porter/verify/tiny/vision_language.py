@@ -92,6 +92,7 @@ def t5gemma2(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
         "vocab_size": len(tokenizer_of(options, built)), "hidden_size": hidden, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4,
         "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+        "dropout_rate": 0.0,
     }  # fmt: skip
     vision = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
