@@ -182,9 +182,38 @@ def named_tensors(module, args, kwargs):
     return found
 
 
+class PassThrough:
+    """Stands in for a class of a package that is not installed: every method returns its first argument."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda value=None, *args, **kwargs: value
+
+
+def provide_stand_ins(checkpoint):
+    """Make the packages importable that the checkpoint's folder notes, and known to Diffusers as installed."""
+    import types
+
+    from diffusers.utils import import_utils
+
+    file = os.path.join(checkpoint, "stand_ins.json")
+    if not os.path.isfile(file):
+        return
+    with open(file) as stream:
+        wanted = json.load(stream)
+    for package, classes in wanted.items():
+        module = types.ModuleType(package)
+        for name in classes:
+            setattr(module, name, type(name, (PassThrough,), {"__module__": package}))
+        sys.modules.setdefault(package, module)
+        setattr(import_utils, f"_{package}_available", True)
+
+
 def load_pipeline(job):
     import torch
 
+    provide_stand_ins(job["checkpoint"])
     cls = class_of(job)
     pipe = cls.from_pretrained(job["checkpoint"], torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

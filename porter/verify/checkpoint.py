@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from porter.verify.outcome import VerifyError
+from porter.verify.stand_ins import note, provide
 
 ORDER = ("tokenizer", "processor", "feature_extractor", "image_processor", "text_encoder", "image_encoder", "vae",
          "scheduler")  # fmt: skip
@@ -43,6 +44,7 @@ def build_checkpoint(pipeline_class: str, spec: Mapping[str, Any], out: Path | s
     from porter.verify.tiny import build_component, random_model
 
     torch.manual_seed(seed)
+    provide(spec.get("stand_ins", {}))
     pipeline = getattr(diffusers, pipeline_class)
     declared = component_classes(pipeline)
     given = dict(spec.get("components", {}))
@@ -72,6 +74,7 @@ def build_checkpoint(pipeline_class: str, spec: Mapping[str, Any], out: Path | s
     pipe = pipeline(**built)
     pipe.save_pretrained(str(out), max_shard_size=SHARD)
     _drop_unsaved(Path(out) / "model_index.json")
+    note(out, spec.get("stand_ins", {}))
     return Path(out)
 
 

@@ -19,6 +19,7 @@ from porter.verify.baseline import GLOBAL_SEED
 from porter.verify.engine_requests import requests_of
 from porter.verify.manifest import Port, read_manifest
 from porter.verify.ports import register
+from porter.verify.stand_ins import provide_noted
 
 
 class Stop(Exception):
@@ -38,6 +39,7 @@ def loaded(job: Mapping[str, Any]) -> Iterator[tuple[engine_session.Session, Any
     from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
 
     _register(job["generated"], job["arch"])
+    provide_noted(job["checkpoint"])
     with engine_session.session(
         job["arch"], rank=job["rank"], world=job["world"], port=job["port"], model=job["checkpoint"],
         parallel=job.get("parallel"), step_execution=bool(job.get("step")), max_num_seqs=job.get("max_num_seqs", 1),

@@ -21,6 +21,7 @@ images: {image: [40, 56]}                         # random pictures: [height, wi
 tensors: {audio: [1, 2, 4000]}                    # random tensors of a shape: sound, given latents
 only: [plain, prompt-embeds]                      # beginnings of names: leave the other requests out
 apart: Diffusers pads prompts of a call to the longest, without a mask   # why a joint call of Diffusers is no reference
+stand_ins: {guard: [Checker]}                     # classes of packages that are not installed; they pass all through
 cfg: {true_cfg_scale: 3.0}                        # what a request needs for two guidance branches
 """
 
@@ -39,7 +40,7 @@ from porter.verify.outcome import VerifyError
 
 KEYS = frozenset({
     "pipeline", "denoisers", "components", "call", "negative", "guidance", "odd", "everything", "embeds", "raises",
-    "extra", "omitted_stop", "omitted", "images", "tensors", "cfg", "only", "apart",
+    "extra", "omitted_stop", "omitted", "images", "tensors", "cfg", "only", "apart", "stand_ins",
 })  # fmt: skip
 NEEDED = frozenset({"pipeline", "denoisers", "call"})
 SEED = 42

@@ -117,3 +117,26 @@ def gemma3(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     }  # fmt: skip
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     return Gemma3ForConditionalGeneration(config).eval()
+
+
+@builds("Qwen2VLForConditionalGeneration")
+def qwen2_vl(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    tokenizer = tokenizer_of(options, built)
+    hidden, token = options.get("hidden_size", 48), tokenizer.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        text_config={
+            "hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": options.get("layers", 3),
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
+            "max_position_embeddings": 4096, "rope_theta": 10000.0,
+            "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]},
+            "bos_token_id": token("<|endoftext|>"), "eos_token_id": token("<|im_end|>"),
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": hidden, "num_heads": 2, "mlp_ratio": 2},
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )  # fmt: skip
+    return Qwen2VLForConditionalGeneration(config).eval()
