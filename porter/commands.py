@@ -141,8 +141,8 @@ class Verification:
 def verify(names: list[str], options: Verification) -> int:
     """`porter verify`: run the ladder, for one class or as a sweep over many, and print its table."""
     many = options.everything or options.again is not None or len(names) > 1
-    if options.device != "cpu":
-        advice = "the ladder runs on cpu"
+    if options.device not in ("cpu", "cuda"):
+        advice = "cpu runs the ladder, cuda the rung of real layer sizes"
         raise PorterError(
             Diagnostic("PORT013", f"device {options.device} is not a device of the ladder", advice=advice)
         )
@@ -150,12 +150,18 @@ def verify(names: list[str], options: Verification) -> int:
         raise PorterError(Diagnostic("PORT013", "name classes, or say --all", advice="for example: porter verify NAME"))
     if many and options.checkpoint is not None:
         raise PorterError(Diagnostic("PORT013", "a checkpoint belongs to one class", advice="name that class"))
+    if options.device == "cuda" and ((many and not names) or options.record or options.checkpoint is not None):
+        advice = "the file that porter bench and --json write is the evidence of a card"
+        raise PorterError(Diagnostic("PORT013", "--device cuda takes classes and --rungs gpu only", advice=advice))
     from rich.console import Console
 
     from porter.verify.outcome import VerifyError
 
     try:
-        report = _sweep(names, options) if many else _climb(names[0], options)
+        if options.device == "cuda":
+            report, many = _on_card(names, options), False
+        else:
+            report = _sweep(names, options) if many else _climb(names[0], options)
     except VerifyError as error:
         note(f"porter verify: {error.message}" + (f"\n  {error.advice}" if error.advice else ""))
         return USAGE
@@ -173,6 +179,18 @@ def _climb(name: str, options: Verification) -> VerifyReport:
         name, options.out, _rungs(options), options.checkpoint, threads=options.threads, report=options.json_file,
         evidence=evidence, progress=note,
     )  # fmt: skip
+
+
+def _on_card(names: list[str], options: Verification) -> VerifyReport:
+    from porter.bench.rung import verify_on_card
+
+    beside = options.json_file or Path("verify.json")
+    report = verify_on_card(
+        names, options.out, record=beside.with_suffix(".bench.json"), rungs=_rungs(options), threads=options.threads, say=note
+    )  # fmt: skip
+    if options.json_file is not None:
+        report.write(options.json_file)
+    return report
 
 
 def _sweep(names: list[str], options: Verification) -> VerifyReport:

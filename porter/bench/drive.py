@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from porter.bench.failures import device_problem, explained, flash_problem
+from porter.bench.failures import NO_CARD, device_problem, explained, flash_problem
 from porter.bench.inputs import write_inputs
 from porter.bench.record import Record
 from porter.bench.sides import REFERENCE, SIDES, Side, load_job
 from porter.bench.workload import Workload, load_workload, tiny_workload
 from porter.verify.bench import JobError, Worker, free_port
-from porter.verify.environment import versions
+from porter.verify.environment import gpu_present, versions
 from porter.verify.manifest import Manifest, read_manifest
 from porter.verify.outcome import VerifyError
 from porter.verify.platform import bootstrap
@@ -119,6 +119,7 @@ def bench(names: Sequence[str], options: Options, say: Say | None = None) -> dic
     Raises VerifyError when nothing can run: no device, no engine, an unknown name or case, a broken manifest.
     """
     say = say or (lambda _text: None)
+    need_card(options)
     manifest = read_manifest(options.generated)
     workloads = [workload_of(name, options) for name in denoisers_of(names, manifest)]
     sides = [SIDES[s] for s in options.sides]
@@ -144,6 +145,12 @@ def bench(names: Sequence[str], options: Options, say: Say | None = None) -> dic
             record.write()
     record.write()
     return record.data
+
+
+def need_card(options: Options) -> None:
+    """Raise VerifyError at once where there is nothing to wait for."""
+    if options.device == "cuda" and not gpu_present():
+        raise VerifyError("there is no accelerator on this machine", NO_CARD)
 
 
 def denoisers_of(names: Sequence[str], manifest: Manifest) -> tuple[str, ...]:

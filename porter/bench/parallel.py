@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from porter.bench.drive import Budget, Crew, Options, Say, denoisers_of, head_of, shapes_of, workload_of
+from porter.bench.drive import Budget, Crew, Options, Say, denoisers_of, head_of, need_card, shapes_of, workload_of
 from porter.bench.failures import device_problem, explained
 from porter.bench.inputs import write_inputs
 from porter.bench.judge import PARALLEL_RATIO
@@ -56,6 +56,7 @@ def chosen_modes(names: Sequence[str]) -> list[Mode]:
 
 def bench_parallel(names: Sequence[str], options: Options, modes: Sequence[str], say: Say) -> dict[str, Any]:
     """Run the modes on two ranks; returns and writes the record. Raises VerifyError when nothing can run."""
+    need_card(options)
     manifest = read_manifest(options.generated)
     workloads = [workload_of(name, options) for name in denoisers_of(names, manifest)]
     chosen = chosen_modes(modes)
@@ -177,27 +178,30 @@ class Pair:
     def _all(self, world: int, job: dict[str, Any]) -> list[dict[str, Any]]:
         """The same job on every rank at once. A rank that fails takes its peer down: it would wait for ever."""
         team = [self.crew.workers[f"rank{r}"] for r in range(world)]
+        errors: list[
+            JobError | VerifyError
+        ] = []  # in the order in which they came: what follows is only the peer's end
 
-        def ask(rank: int) -> dict[str, Any] | JobError | VerifyError:
+        def ask(rank: int) -> dict[str, Any] | None:
             own = {**job, "rank": rank}
             if "out" in job:
                 own["out"] = f"{job['out']}.rank{rank}"
             try:
                 return team[rank].call(own, self.budget.timeout())
             except (JobError, VerifyError) as error:
+                errors.append(error)
                 for process in [w.process for w in team if w is not team[rank]]:
                     if process is not None:
                         process.kill()  # its own reader notices and reports
-                return error
+                return None
 
         with ThreadPoolExecutor(world) as pool:
             answers = list(pool.map(ask, range(world)))
-        errors = [a for a in answers if isinstance(a, (JobError, VerifyError))]
         if errors:
             for worker in team:
                 worker.kill()
-            raise next((e for e in errors if isinstance(e, JobError)), errors[0])
-        return [a for a in answers if isinstance(a, dict)]
+            raise errors[0]
+        return [a for a in answers if a is not None]
 
     def _conclude(self, found: dict[str, Any], mode: Mode, subject: str, bound: float) -> None:
         """Agreement with one card in the same mode, speed-up, and what proves that the work was divided."""

@@ -224,30 +224,28 @@ def describe(rank: int) -> dict[str, Any]:
     return found
 
 
-def limit_memory(rank: int) -> None:
-    """PORTER_BENCH_MEMORY_GIB caps what this process may take: of the card, or without one of the address space."""
-    cap = os.environ.get("PORTER_BENCH_MEMORY_GIB")
-    if not cap:
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(rank).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, float(cap) * 2**30 / total), rank)
-    else:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (int(float(cap) * 2**30),) * 2)
-
-
 def failure(problem: BaseException) -> dict[str, Any]:
     """An answer that says what went wrong; memory that ran out is always of kind OutOfMemory."""
-    import torch
-
     text = str(problem)
-    memory = isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    memory = any(_is_memory(p) for p in _chain(problem))
     kind = "OutOfMemory" if memory else type(problem).__name__
     return {"ok": False, "type": kind, "error": text[:2000], "traceback": traceback.format_exc()[-3000:]}
+
+
+def _chain(problem: BaseException) -> list[BaseException]:
+    """An exception and what led to it."""
+    found: list[BaseException] = []
+    following: BaseException | None = problem
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or following.__context__
+    return found
+
+
+def _is_memory(problem: BaseException) -> bool:
+    import torch
+
+    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(problem)
 
 
 def main() -> None:
@@ -274,7 +272,6 @@ def main() -> None:
     device = describe(rank)
     if device["cuda"]:
         torch.cuda.set_device(rank)
-    limit_memory(rank)
     bench = Bench(side, rank)
     print(json.dumps({"ok": True, "import_seconds": time.perf_counter() - _started, "device": device}), file=reply)
     for line in sys.stdin:
