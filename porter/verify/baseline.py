@@ -315,7 +315,7 @@ def generators(job_seed, per_prompt=1):
 def one_call(pipe, call):
     import torch
 
-    record = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "decoded": None}
+    record = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "decoded": None, "others": []}
     kwargs = dict(call["kwargs"])
     if call.get("tensors"):
         kwargs |= torch.load(call["tensors"], weights_only=True)
@@ -331,6 +331,8 @@ def one_call(pipe, call):
         with torch.no_grad(), recorded(pipe, record, call.get("stop_after")):
             result = pipe(**kwargs, generator=generators(call["seed"], call.get("per_prompt", 1)))
         output = first_output(result)
+        values = list(result if isinstance(result, (tuple, list)) else result.values())
+        record["others"] = [v.detach().clone() for v in values[1:] if hasattr(v, "detach")]
     except Stop:
         pass
     except Exception as problem:  # noqa: BLE001 - what Diffusers raises is a result

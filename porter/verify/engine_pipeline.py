@@ -136,6 +136,12 @@ def tensor_of(output: Any) -> torch.Tensor | None:
     return value if torch.is_tensor(value) else None
 
 
+def others_of(results: list[Any]) -> list[torch.Tensor]:
+    """What one request returns beside its first value: sound that belongs to a video."""
+    value = getattr(results[0], "output", None) if len(results) == 1 else None
+    return [v for v in value[1:] if torch.is_tensor(v)] if isinstance(value, tuple) else []
+
+
 def request_mode(runner: Any, requests: list[Any], batched: bool) -> list[Any]:
     """Outputs, one per request: one batch where wanted and supported, otherwise one after the other."""
     from vllm_omni.diffusion.sched.interface import CachedRequestData, DiffusionSchedulerOutput, NewRequestData
@@ -187,7 +193,7 @@ def one_call(
     """What one call did: steps, calls, first_call, timesteps, output, error, reach."""
     from vllm_omni.diffusion.registry import get_diffusion_pre_process_func
 
-    record: dict[str, Any] = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "reach": {}}
+    record: dict[str, Any] = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "reach": {}, "others": []}
     error, outputs, start = None, [], time.perf_counter()
     denoisers = tuple(d.component for d in port.denoisers)
     try:
@@ -200,11 +206,13 @@ def one_call(
         with recorded(runner.pipeline, denoisers, record, call.get("stop_after")), seeded_encoding(runner.pipeline):
             results = step_mode(runner, requests) if mode == "step" else request_mode(runner, requests, batched)
         outputs = [tensor_of(r) for r in results]
+        record["others"] = others_of(results)
     except Stop:
         pass
     except Exception as problem:  # noqa: BLE001 - what the port raises is a result
         if call.get("stop_after") is None or "Stop" not in repr(problem):
             error = _error(problem)
+    runner.state_cache.clear()  # a call that raised leaves its requests there, and the next one has the same ids
     record["output"] = torch.cat(outputs) if outputs and all(torch.is_tensor(o) for o in outputs) else None
     record["requests"] = len(outputs)
     return record | {"error": error, "seconds": time.perf_counter() - start}

@@ -174,6 +174,15 @@ def judge(case: RequestCase, want: Mapping[str, Any], got: Mapping[str, Any]) ->
             worst = max(worst, error["rel_l2"])
             if error["rel_l2"] > BOUND:
                 problems.append(_text("output", error))
+        for index, (a, b) in enumerate(zip(got.get("others", []), want.get("others", []), strict=False)):
+            error = difference(a, b)
+            worst = max(worst, error["rel_l2"])
+            if error["rel_l2"] > BOUND:
+                problems.append(_text(f"output {index + 2}", error))
+        if len(got.get("others", [])) != len(want.get("others", [])) and case.prompts == 1:
+            problems.append(
+                f"{len(got.get('others', []))} tensors beside the first, {len(want.get('others', []))} expected"
+            )
     elif case.stop_after == 0:
         problems += _first_call(want["first_call"] or {}, got["first_call"] or {})
     figures["rel_l2"] = worst

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,70 +28,51 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-PIPELINE_MODULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "StableAudioProjectionModel": ("stable_audio", {}),
-    "StableAudio3DurationEmbedder": ("stable_audio_3.modeling_stable_audio_3", {"fourier_dim": 16}),
-    "AceStepConditionEncoder": (
-        "ace_step.modeling_ace_step",
-        {
-            "hidden_size": 64, "intermediate_size": 96, "text_hidden_dim": 48, "timbre_hidden_dim": 8,
-            "num_lyric_encoder_hidden_layers": 2, "num_timbre_encoder_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
-        },
-    ),
-    "AceStepAudioTokenizer": (
-        "ace_step.modeling_ace_step",
-        {
-            "hidden_size": 64, "intermediate_size": 96, "audio_acoustic_hidden_dim": 8, "fsq_dim": 64,
-            "num_attention_pooler_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-            "sliding_window": 8, "fsq_input_levels": [4, 4, 4],
-        },
-    ),
-    "AceStepAudioTokenDetokenizer": (
-        "ace_step.modeling_ace_step",
-        {
-            "hidden_size": 64, "intermediate_size": 96, "audio_acoustic_hidden_dim": 8,
-            "num_attention_pooler_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-            "sliding_window": 8,
-        },
-    ),
-    "LTX2TextConnectors": (
-        "ltx2.connectors",
-        {
-            "caption_channels": 40, "text_proj_in_factor": 3, "video_connector_num_attention_heads": 4,
-            "video_connector_attention_head_dim": 10, "video_connector_num_layers": 1,
-            "video_connector_num_learnable_registers": None, "audio_connector_num_attention_heads": 4,
-            "audio_connector_attention_head_dim": 10, "audio_connector_num_layers": 1,
-            "audio_connector_num_learnable_registers": None, "connector_rope_base_seq_len": 32,
-            "rope_double_precision": False,
-        },
-    ),
-    "LTX2Vocoder": (
-        "ltx2.vocoder",
-        {
-            "in_channels": 32, "hidden_channels": 16, "out_channels": 2, "upsample_kernel_sizes": [4, 4],
-            "upsample_factors": [2, 2], "resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3]],
-            "output_sampling_rate": 1600,
-        },
-    ),
+BESIDE_PIPELINES: dict[str, dict[str, Any]] = {
+    "StableAudioProjectionModel": {},
+    "StableAudio3DurationEmbedder": {"fourier_dim": 16},
+    "AceStepConditionEncoder": {
+        "hidden_size": 64, "intermediate_size": 96, "text_hidden_dim": 48, "timbre_hidden_dim": 8,
+        "num_lyric_encoder_hidden_layers": 2, "num_timbre_encoder_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
+    },
+    "AceStepAudioTokenizer": {
+        "hidden_size": 64, "intermediate_size": 96, "audio_acoustic_hidden_dim": 8, "fsq_dim": 64,
+        "num_attention_pooler_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "sliding_window": 8, "fsq_input_levels": [4, 4, 4],
+    },
+    "AceStepAudioTokenDetokenizer": {
+        "hidden_size": 64, "intermediate_size": 96, "audio_acoustic_hidden_dim": 8,
+        "num_attention_pooler_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "sliding_window": 8,
+    },
+    "LTX2TextConnectors": {
+        "caption_channels": 40, "text_proj_in_factor": 3, "video_connector_num_attention_heads": 4,
+        "video_connector_attention_head_dim": 10, "video_connector_num_layers": 1,
+        "video_connector_num_learnable_registers": None, "audio_connector_num_attention_heads": 4,
+        "audio_connector_attention_head_dim": 10, "audio_connector_num_layers": 1,
+        "audio_connector_num_learnable_registers": None, "connector_rope_base_seq_len": 32,
+        "rope_double_precision": False,
+    },
+    "LTX2Vocoder": {
+        "in_channels": 32, "hidden_channels": 16, "out_channels": 2, "upsample_kernel_sizes": [4, 4],
+        "upsample_factors": [2, 2], "resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3]],
+        "output_sampling_rate": 1600,
+    },
 }  # fmt: skip
-"""Classes that live beside a pipeline: module below `diffusers.pipelines`, and the smallest configuration."""
+"""Classes that live in the file of a pipeline or beside it."""
 
 
 def _beside_pipeline(name: str) -> Builder:
-    module, defaults = PIPELINE_MODULES[name]
-
     @builds(name)
     def build(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
-        import importlib
-
-        cls = getattr(importlib.import_module(f"diffusers.pipelines.{module}"), name)
-        return random_weights(cls(**{**defaults, **options}), 103)
+        loaded = [m for n, m in list(sys.modules.items()) if n.startswith("diffusers.pipelines.") and name in vars(m)]
+        return random_weights(vars(loaded[0])[name](**{**BESIDE_PIPELINES[name], **options}), 103)
 
     return build
 
 
-for _name in PIPELINE_MODULES:
+for _name in BESIDE_PIPELINES:
     _beside_pipeline(_name)
 
 
