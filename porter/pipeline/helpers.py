@@ -124,7 +124,7 @@ def _pins(
             constant = values[0]
             if not isinstance(constant, (bool, int, str, type(None))) or any(v != constant for v in values):
                 continue
-            if (name, key) in stuck:
+            if (name, key) in stuck or key not in defaults:  # a keyword the method does not have: the call raises
                 continue
             if len(values) == len(calls[name]) or (default is not None and code(default) == str(constant)):
                 pinned[key] = constant
