@@ -40,8 +40,8 @@ def lower_attention(
     if isinstance(geometry, Unknown):
         return LoweredAttention((), (), (Diagnostic("PORT303", f"{node.name.value}: {geometry.reason}"),))
     edits: list[Edit] = []
-    scale: str | None = None
-    causal, masked = "False", False
+    layers: dict[tuple[str | None, str], str] = {}
+    masked: set[str] = set()
     for site in sites:
         bound = tree.arguments(site.call, ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"])
         if bound is None:
@@ -50,15 +50,17 @@ def lower_attention(
         if unknown:
             text = ", ".join(sorted(unknown))
             return LoweredAttention((), (), (Diagnostic("PORT302", f"{node.name.value}: keyword {text}"),))
+        scale: str | None = None
         if "scale" in bound and tree.code(bound["scale"]) != "None":
             scale = _known_in_constructor(bound["scale"], node)
             if scale is None:  # depends on the input: the layer does not scale, the query is scaled
                 scale = "1.0"
                 bound["query"] = tree.expression("query * scale", query=bound["query"], scale=bound["scale"])
-        if "is_causal" in bound:
-            causal = tree.code(bound["is_causal"])
-        masked = masked or _has_mask(bound)
-        edits.append((site.call, _call(bound, site.layout)))
+        kind = (scale, tree.code(bound["is_causal"]) if "is_causal" in bound else "False")
+        layer = layers.setdefault(kind, _layer_name(kind[1], len(layers)))
+        if _has_mask(bound):
+            masked.add(layer)
+        edits.append((site.call, _call(bound, site.layout, layer)))
     statements: list[str] = []
     size, heads = geometry.head_size, geometry.heads
     if "//" in size:
@@ -72,18 +74,26 @@ def lower_attention(
             statements.append(f"self.{name} = {DIVIDE}(self.{name}, {WORLD_SIZE}())")
     if not heads.startswith("self.") or heads[5:] not in geometry.local:
         heads = f"{DIVIDE}({heads}, {WORLD_SIZE}())" if shardable else heads
-    arguments = [f"num_heads={heads}", f"head_size={size}", f"softmax_scale={scale or f'{_base(size)} ** -0.5'}",
-                 f"causal={causal}"]  # fmt: skip
-    if geometry.kv_heads:
-        arguments.append(f"num_kv_heads={geometry.kv_heads}")
-    arguments.append(f'role="{"cross" if role == "cross" else "self"}"')
-    if role == "cross":
-        arguments.append("skip_sequence_parallel=True")
-    if masked:  # the platform's default is FlashAttention, which takes key padding only
-        arguments.append(f'impl_overrides={{"FLASH_ATTN": {MASKED}}}')
-    arguments.append('prefix=f"{prefix}.attn"')
-    statements.append(f"self.attn = {LAYER}({', '.join(arguments)})")
+    for (scale, causal), layer in layers.items():
+        arguments = [f"num_heads={heads}", f"head_size={size}", f"softmax_scale={scale or f'{_base(size)} ** -0.5'}",
+                     f"causal={causal}"]  # fmt: skip
+        if geometry.kv_heads:
+            arguments.append(f"num_kv_heads={geometry.kv_heads}")
+        arguments.append(f'role="{"cross" if role == "cross" else "self"}"')
+        if role == "cross":
+            arguments.append("skip_sequence_parallel=True")
+        if layer in masked:  # the platform's default is FlashAttention, which takes key padding only
+            arguments.append(f'impl_overrides={{"FLASH_ATTN": {MASKED}}}')
+        arguments.append(f'prefix=f"{{prefix}}.{layer}"')
+        statements.append(f"self.{layer} = {LAYER}({', '.join(arguments)})")
     return LoweredAttention(tuple(edits), tuple(statements), ())
+
+
+def _layer_name(causal: str, others: int) -> str:
+    """Attribute of the layer for one kind of attention in a class: calls that differ in scale or causality differ in it."""
+    if others == 0:
+        return "attn"
+    return "attn_causal" if causal == "True" else "attn_full" if others == 1 else f"attn_{others + 1}"
 
 
 def _known_in_constructor(value: cst.BaseExpression, node: cst.ClassDef) -> str | None:
@@ -118,9 +128,9 @@ def _has_mask(bound: dict[str, cst.BaseExpression]) -> bool:
     return "attn_mask" in bound and tree.code(bound["attn_mask"]) != "None"
 
 
-def _call(bound: dict[str, cst.BaseExpression], layout: str) -> cst.BaseExpression:
+def _call(bound: dict[str, cst.BaseExpression], layout: str, layer: str) -> cst.BaseExpression:
     turn = ".transpose(1, 2)" if layout == "bhsd" else ""
-    text = f"self.attn(query{turn}, key{turn}, value{turn}"
+    text = f"self.{layer}(query{turn}, key{turn}, value{turn}"
     holes = {k: bound[k] for k in ("query", "key", "value")}
     if _has_mask(bound):
         text += f", attn_metadata={METADATA}(attn_mask=mask) if mask is not None else None"
