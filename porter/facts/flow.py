@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import libcst as cst
 
+from porter.facts.geometry import HEAD_COUNTS, KV_HEAD_COUNTS
 from porter.source import tree
 
 Linear = tuple[str, str]
@@ -14,7 +15,7 @@ Linear = tuple[str, str]
 _SPLITTING = frozenset({"unflatten", "view", "reshape"})
 SHAPE_ONLY = frozenset({"shape", "dtype", "device", "ndim", "size", "dim"})
 _ELEMENTWISE_METHODS = frozenset(
-    {"to", "type_as", "float", "contiguous", "chunk", "half", "bfloat16", "clone", "sigmoid"}
+    {"to", "type_as", "float", "contiguous", "chunk", "half", "bfloat16", "clone", "sigmoid", "square"}
 )
 
 
@@ -143,7 +144,8 @@ def method_call(node: cst.Call, owner: Flow, values: list[Flow]) -> Shape:
         stars = [a for a in node.args if a.star]
         if stars and len(node.args) == 1:  # `x.reshape(*x.shape)`
             return replace(result, elementwise=False, parts=())
-        heads = name == "unflatten" or len(node.args) >= (3 if stars else 4)
+        counts = any(tree.self_attribute(a.value) in (*HEAD_COUNTS, *KV_HEAD_COUNTS) for a in node.args)
+        heads = name == "unflatten" or len(node.args) >= (3 if stars or counts else 4)
         return replace(result, split=heads, elementwise=False, parts=(), heads_first=False)
     if name == "transpose" and result.split and [tree.code(a.value) for a in node.args] == ["1", "2"]:
         return replace(result, heads_first=not result.heads_first, elementwise=False, parts=())

@@ -10,7 +10,7 @@ from porter.model import Unknown
 from porter.source import tree
 
 HEAD_COUNTS = ("heads", "num_heads", "num_attention_heads", "n_heads", "n_head")
-KV_HEAD_COUNTS = ("kv_heads", "num_kv_heads", "n_kv_heads")
+KV_HEAD_COUNTS = ("kv_heads", "num_kv_heads", "n_kv_heads", "num_key_value_heads")
 HEAD_SIZES = ("head_dim", "dim_head", "dim_heads", "attention_head_dim", "head_size")
 WIDTHS = ("inner_dim",)
 """Names that model code uses for these quantities, as constructor parameters or attributes."""
