@@ -33,7 +33,8 @@ ATTENTION_CALLS = {
     "torch.nn.functional.scaled_dot_product_attention": "bhsd",
 }
 _ELEMENTWISE_CALLS = frozenset({"torch.nn.functional.gelu", "torch.nn.functional.silu", "torch.nn.functional.relu",
-                                "torch.sigmoid", "torch.relu", "torch.tanh", "torch.nn.functional.dropout", "torch.chunk"})  # fmt: skip
+                                "torch.sigmoid", "torch.relu", "torch.tanh",
+"torch.nn.functional.dropout", "torch.chunk"})  # fmt: skip
 _ELEMENTWISE_MODULES = frozenset({"torch.nn.GELU", "torch.nn.SiLU", "torch.nn.ReLU", "torch.nn.Dropout", "torch.nn.Identity",
                                   "torch.nn.Mish", "torch.nn.Sigmoid", "torch.nn.Tanh",
                                   "diffusers.models.activations.get_activation"})  # fmt: skip
