@@ -7,4 +7,5 @@ def load() -> None:
     """Import the modules that register facts for rules."""
     import porter.facts.complex_rotation
     import porter.facts.layers
+    import porter.facts.masks
     import porter.facts.sequence.sites  # noqa: F401

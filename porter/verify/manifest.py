@@ -113,7 +113,15 @@ def refresh_features(generated: Path | str, evidence: Path | str) -> None:
     data = json.loads(path.read_text())
     known = read_evidence(Path(evidence))
     for row in data["ports"]:
-        features = {**row.get("features", {}), **cited(row, known, reader(Path(generated)))}
+        old = row.get("features", {})
+        found = cited(row, known, reader(Path(generated)))
+        # What conversion could not derive was skipped by the run: its reason stands.
+        found = {
+            n: f
+            for n, f in found.items()
+            if f["status"] != "not tested" or old.get(n, {}).get("status") != "unsupported"
+        }
+        features = {**old, **found}
         row["features"] = dict(sorted(features.items()))
     write_atomically(path, json.dumps(data, indent=2) + "\n")
 

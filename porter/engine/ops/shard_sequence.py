@@ -97,6 +97,7 @@ def _divide(plan: SequencePlan, tables: Mapping[str, list[Entry]], single: Mappi
                 line = f"{variable} = tuple({STREAMS}(table, {axis}, ({lengths})) for table in {variable})"
         lines.append(_guarded(variable, line, plan))
     lines += [_guarded(s.name, f"{s.name} = self.shard_{s.name}({s.name})", plan) for s in plan.streams]
+    lines += [f"{name} = {stream.name}.shape[{stream.axis}]\n" for name, stream in plan.recounted]
     return lines
 
 

@@ -27,6 +27,7 @@ from porter.facts.sequence.values import (
     Tokens,
     Value,
     Whole,
+    counted,
     flattened,
     has_tokens,
     joined,
@@ -293,6 +294,8 @@ class Frame:
             return owner if name in ("real", "imag", "data") else Const(owner.rank) if name == "ndim" else OTHER
         if isinstance(owner, Whole) and name in ("real", "imag", "data"):
             return owner
+        if isinstance(owner, Whole) and name == "shape" and owner.kind != "fixed":
+            return whole("view", op="shape", base=(owner,))
         if isinstance(owner, Partial):
             return OTHER
         return OTHER
@@ -409,6 +412,10 @@ class Frame:
             if isinstance(left, Tokens) and not has_tokens(right):
                 return operations.method("matmul", left, [right], {}, self.findings.met)
             raise NotShardable("tokens are multiplied with tokens outside the attention layer")
+        if counted(left) is not None or counted(right) is not None:
+            if has_tokens(left, right):
+                raise NotShardable("numbers of all and of this rank's tokens are mixed")
+            return opaque([left, right])
         if isinstance(left, Const) and isinstance(right, Const):
             return _arithmetic(node.operator, left.value, right.value)
         return operations.combine([left, right], self.findings.met)
@@ -620,7 +627,7 @@ class Frame:
             key.parts if isinstance(key, Tokens) else None, labelled.get("attn_metadata", NONE),
         )  # fmt: skip
         mask = use.mask
-        if isinstance(mask, Tokens) and use.key is not None and mask.parts != use.key:
+        if isinstance(mask, Tokens) and use.key is not None:
             _same_tokens(mask, use.key)
         seen = self.findings.attention.setdefault(id(node), [])
         if use not in seen:
@@ -677,7 +684,8 @@ def _same_tokens(mask: Tokens, key: tuple[str, ...]) -> None:
     if mask.axis != mask.rank - 1 or len(mask.parts) != len(key):
         raise NotShardable("a mask that is divided covers other tokens than the keys")
     different = [(a, b) for a, b in zip(mask.parts, key, strict=True) if a != b]
-    raise shapes.Parallel("a mask covers a stream", *different[0])
+    if different:
+        raise shapes.Parallel("a mask covers a stream", *different[0])
 
 
 def bound(

@@ -218,6 +218,8 @@ def whole_method(name: str, x: Value, args: Sequence[Value], kwargs: Mapping[str
     if name in ELEMENTWISE or name in ("cpu", "cuda", "softmax"):
         return joined([x, *(v for value in values for v in flattened(value))])
     first = shapes.number(args[0]) if args else shapes.number(dim)
+    if name == "size" and first is not None and isinstance(x, Whole):
+        return whole("item", args=(first,), base=(whole("view", op="shape", base=(x,)),))
     if name in ("unsqueeze", "squeeze") and first is not None:
         return view(name, first)
     if name in ("chunk", "split", "tensor_split", "split_with_sizes"):

@@ -13,14 +13,20 @@ from porter.facts.sequence.shapes import Joined, Parallel
 from porter.facts.sequence.tables import Entry, variables
 from porter.facts.sequence.values import (
     NONE,
+    Either,
     Instance,
+    Length,
     Many,
     NotShardable,
     Tokens,
     Value,
     Whole,
+    counted,
     flattened,
     forget,
+    has_tokens,
+    opaque,
+    same_length,
     whole,
 )
 from porter.model import Unit, Unknown
@@ -58,7 +64,8 @@ class SequencePlan:
     `start` is the loop before which the tokens are divided; `streams` the variables that hold tokens there; `tables` what
     has one entry per token; `attention` every attention call and what it is given; `optional` the variables that may be None
     at the start; `refused` the inputs that the plan has no place for, which must be None;
-    `mixing` lists of blocks and a class of blocks they may be of, which mixes tokens.
+    `mixing` lists of blocks and a class of blocks they may be of, which mixes tokens; `recounted` the
+    variables that hold the number of tokens of a stream.
     """
 
     start: cst.BaseStatement
@@ -69,6 +76,7 @@ class SequencePlan:
     optional: frozenset[str]
     refused: tuple[str, ...]
     mixing: tuple[tuple[str, str], ...]
+    recounted: tuple[tuple[str, Stream], ...]
 
     def switched(self) -> frozenset[str]:
         """Classes whose attention is divided in one place of the model and not in another."""
@@ -244,7 +252,15 @@ class _Search:
                 _check_attention(attention)
                 mixing = tuple(sorted(run.findings.mixing))
                 return SequencePlan(
-                    self.region[0], streams, tables, attention, candidate, run.optional, self.refused, mixing
+                    self.region[0],
+                    streams,
+                    tables,
+                    attention,
+                    candidate,
+                    run.optional,
+                    self.refused,
+                    mixing,
+                    tuple(sorted(run.recounted.items())),
                 )
             problem = problem or run.problem
         raise problem if problem is not None else NotShardable("the tokens can't be put together again")
@@ -297,6 +313,7 @@ class _Root(Frame):
         self.problem: NotShardable | None = None
         self.calls: list[Gather] = []
         self.optional: frozenset[str] = frozenset()
+        self.recounted: dict[str, Stream] = {}
 
     def start(self, forward: cst.FunctionDef, refused: tuple[str, ...]) -> None:
         env: Env = {"self": Instance((self.owner,))}
@@ -321,6 +338,9 @@ class _Root(Frame):
                 self.finished = True
                 if self.gather is not None and self.gather.module is None:
                     for each in (self.gather, *self.gather.also):
+                        held = env.get(each.variable)
+                        if not isinstance(held, Tokens) or held.parts != (each.stream,):
+                            raise NotShardable(f"{each.variable} holds several streams where it is put together")
                         env[each.variable] = whole("opaque", name="gathered")
         elif self.finished and isinstance(stmt, cst.SimpleStatementLine):
             self.note(stmt, env)
@@ -332,12 +352,26 @@ class _Root(Frame):
             if name in self.read_later and name not in self.streams and id(value) in held:
                 raise Copied(name, held[id(value)])
         self.optional = frozenset(n for n in env if n in self.maybe_none)
+        before = dict(env)
         for name, value in list(env.items()):
             if name in self.streams and value != NONE:
                 stream = self.streams[name]
                 env[name] = Tokens(stream.rank, stream.axis, (stream.tokens,))
+            elif (stream := self.counted(value, before)) is not None and name in self.read_later:
+                env[name] = Length((stream.tokens,))
+                self.recounted[name] = stream
             elif name != "self":
                 env[name] = _marked(name, value, ())
+
+    def counted(self, value: Value, env: Env) -> Stream | None:
+        """The stream whose number of tokens this is."""
+        found = counted(value)
+        if found is None:
+            return None
+        tensor, axis = found
+        return next(
+            (s for s in self.streams.values() if s.axis == axis and same_length(env.get(s.name, NONE), tensor)), None
+        )
 
     def note(self, stmt: cst.SimpleStatementLine, env: Env) -> None:
         """A statement `x = self.module(...)` after the loops whose result is tokens of one stream."""
@@ -357,6 +391,8 @@ class _Root(Frame):
 def _marked(name: str, value: Value, path: tuple[int, ...]) -> Value:
     if isinstance(value, Many):
         return Many(tuple(_marked(name, v, (*path, i)) for i, v in enumerate(value.items)))
+    if isinstance(value, Either) and not has_tokens(value):
+        value = opaque(list(value.options))
     if not isinstance(value, Whole) or value.kind == "fixed":
         return value
     result: Value = whole("boundary", name=name, base=(value,))

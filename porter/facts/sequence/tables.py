@@ -111,6 +111,8 @@ def _back(view: Whole, axis: int, rank: int) -> tuple[int, int] | None:
         return (axis - 1 if at > left else axis), rank + 1
     if view.op == "split":
         return None if _position(view.args[0], rank) == left else (axis, rank)
+    if view.op == "shape":
+        return None
     if view.op == "last":
         return None if axis == -1 else (axis, rank)
     if view.op == "grow":  # a new last axis

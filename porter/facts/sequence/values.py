@@ -171,6 +171,26 @@ def opaque(values: list[Value], name: str = "") -> Value:
     return whole("opaque", name=name, base=tuple(dict.fromkeys(v for v in flat if isinstance(v, Whole))))
 
 
+def counted(value: Value) -> tuple[Whole, int] | None:
+    """(tensor, axis) of a number that is the length of an axis of a tensor every rank has in full."""
+    if isinstance(value, Whole) and value.kind == "item" and isinstance(value.base[0], Whole):
+        shape, axis = value.base[0], value.args[0]
+        if shape.op == "shape" and isinstance(shape.base[0], Whole) and isinstance(axis, int):
+            return shape.base[0], axis
+    return None
+
+
+def same_length(left: Value, right: Value) -> bool:
+    """Whether two tensors have as many tokens because one is made of the other token by token."""
+    return _origin(left) is _origin(right)
+
+
+def _origin(value: Value) -> Value:
+    while isinstance(value, Whole) and (value.op == "last" or value.kind == "boundary") and value.base:
+        value = value.base[0]
+    return value
+
+
 def fresh(values: list[Value]) -> Value:
     """A tensor of its own, different from any other."""
     base = tuple(dict.fromkeys(v for value in values for v in flattened(value) if isinstance(v, Whole)))
