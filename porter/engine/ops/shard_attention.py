@@ -9,7 +9,8 @@ import libcst as cst
 from porter.engine.edits import Edit, replaced
 from porter.engine.registry import op
 from porter.engine.site import Site
-from porter.facts.sequence.follow import METADATA, AttentionUse
+from porter.facts.sequence.calls import AttentionUse
+from porter.facts.sequence.follow import METADATA
 from porter.facts.sequence.plan import SequencePlan, sequence_plan
 from porter.model import Diagnostic, Unit
 from porter.source import tree

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import libcst as cst
 
 from porter.facts.sequence import operations, shapes
+from porter.facts.sequence.calls import (
+    AttentionUse,
+    Env,
+    Findings,
+    arithmetic,
+    bound,
+    same_tokens,
+    unpacked,
+    with_origin,
+)
 from porter.facts.sequence.classes import Classes
-from porter.facts.sequence.tables import Entry
+from porter.facts.sequence.conditions import refine, truth
+from porter.facts.sequence.indexing import indexed, whole_indexed
 from porter.facts.sequence.values import (
-    FIXED,
     NONE,
     OTHER,
     Conflict,
@@ -34,42 +43,13 @@ from porter.facts.sequence.values import (
     merged,
     opaque,
     whole,
-    with_rank,
 )  # fmt: skip
 from porter.source import tree
 from porter.source.names import qualified
 
 ATTENTION = "vllm_omni.diffusion.attention.layer.Attention"
 METADATA = "vllm_omni.diffusion.attention.backends.abstract.AttentionMetadata"
-Env = dict[str, Value]
 MAX_DEPTH = 24
-TEXT = "encoder_hidden_states"
-"""The one optional input that is always given: a denoiser is conditioned on it."""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionUse:
-    """What one attention call was given: the streams of query and key (None: every rank has it in full), and its mask.
-
-    `origin` is the attribute of the root through which the layer was reached.
-    """
-
-    owner: str
-    origin: str
-    call: cst.Call
-    query: tuple[str, ...] | None
-    key: tuple[str, ...] | None
-    mask: Value
-
-
-@dataclass
-class Findings:
-    """What following a forward brings up."""
-
-    attention: dict[int, list[AttentionUse]] = field(default_factory=dict)
-    met: set[Entry] = field(default_factory=set)
-    calls: dict[tuple[object, ...], Value] = field(default_factory=dict)
-    mixing: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Frame:
@@ -127,11 +107,11 @@ class Frame:
         return True
 
     def branch(self, stmt: cst.If, env: Env) -> bool:
-        truth = self.truth(stmt.test, env)
+        known = truth(self, stmt.test, env)
         then, other = dict(env), dict(env)
-        self.refine(stmt.test, then)
-        reached = self.block(tree.body(stmt), then) if truth is not False else None
-        if truth is True:
+        refine(stmt.test, then)
+        reached = self.block(tree.body(stmt), then) if known is not False else None
+        if known is True:
             reached_other = None
         elif isinstance(stmt.orelse, cst.If):
             reached_other = self.branch(stmt.orelse, other)
@@ -146,50 +126,6 @@ class Frame:
                 value = merged(value, each.get(name))
             env[name] = value if value is not None else OTHER
         return True
-
-    def refine(self, test: cst.BaseExpression, env: Env) -> None:
-        """`if x.ndim == 3`: what is known of x inside."""
-        if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
-            name, number = _tested_rank(test)
-            if name in env and number is not None:
-                env[name] = with_rank(env[name], number)
-        elif isinstance(test, cst.BooleanOperation) and isinstance(test.operator, cst.And):
-            self.refine(test.left, env)
-            self.refine(test.right, env)
-
-    def truth(self, test: cst.BaseExpression, env: Env) -> bool | None:
-        """Value of a test, or None where it is not known."""
-        if isinstance(test, cst.UnaryOperation) and isinstance(test.operator, cst.Not):
-            inner = self.truth(test.expression, env)
-            return None if inner is None else not inner
-        if isinstance(test, cst.BooleanOperation):
-            left, right = self.truth(test.left, env), self.truth(test.right, env)
-            decisive = isinstance(test.operator, cst.Or)
-            if decisive in (left, right):
-                return decisive
-            return None if None in (left, right) else not decisive
-        if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
-            return self.compared(test, env)
-        value = self.eval(test, env)
-        return bool(value.value) if isinstance(value, Const) else None
-
-    def compared(self, test: cst.Comparison, env: Env) -> bool | None:
-        target = test.comparisons[0]
-        negated = isinstance(target.operator, (cst.IsNot, cst.NotEqual))
-        if not negated and not isinstance(target.operator, (cst.Is, cst.Equal)):
-            return None
-        name, number = _tested_rank(test)
-        if name in env and number is not None:
-            value = env[name]
-            return (value.rank == number) != negated if isinstance(value, Tokens) else None
-        left, right = self.eval(test.left, env), self.eval(target.comparator, env)
-        if isinstance(left, Const) and isinstance(right, Const):
-            return (left.value == right.value) != negated
-        if right == NONE and isinstance(left, (Tokens, Many, Instance, Modules, Length)):
-            return negated
-        if right == NONE and isinstance(left, Whole) and (left.name == TEXT or left.kind in ("view", "join", "opaque")):
-            return negated
-        return None
 
     def bind(self, target: cst.BaseExpression, value: Value, env: Env) -> None:
         if isinstance(target, cst.Name):
@@ -247,9 +183,9 @@ class Frame:
         if isinstance(node, cst.UnaryOperation):
             return self.unary(node, env)
         if isinstance(node, cst.IfExp):
-            truth = self.truth(node.test, env)
-            if truth is not None:
-                return self.eval(node.body if truth else node.orelse, env)
+            known = truth(self, node.test, env)
+            if known is not None:
+                return self.eval(node.body if known else node.orelse, env)
             return merged(self._eval(node.body, env), self._eval(node.orelse, env))
         if isinstance(node, cst.Call):
             return self.call(node, env)
@@ -285,7 +221,7 @@ class Frame:
         owner, name = self.eval(node.value, env), node.attr.value
         if isinstance(owner, Instance):
             found = self.classes.attribute(owner, name)
-            return _from(found, name) if self.depth == 0 and tree.self_attribute(node) else found
+            return with_origin(found, name) if self.depth == 0 and tree.self_attribute(node) else found
         if isinstance(owner, Tokens):
             if name in ("T", "mT"):
                 raise NotShardable("tokens are transposed")
@@ -311,9 +247,9 @@ class Frame:
         if isinstance(owner, Either):
             return self.apart(owner)
         if isinstance(owner, Tokens):
-            return self.indexed(owner, node, env)
+            return indexed(owner, node, lambda each: self.eval(each, env))
         if isinstance(owner, Whole):
-            return self.whole_indexed(owner, node, env)
+            return whole_indexed(owner, node, lambda each: self.eval(each, env))
         return owner
 
     @staticmethod
@@ -341,56 +277,6 @@ class Frame:
             value = merged(value, each)
         return value if value is not None else OTHER
 
-    def indexed(self, x: Tokens, node: cst.Subscript, env: Env) -> Value:
-        """`x[...]` of tokens: the token axis only by whole streams."""
-        spelled = [e.slice for e in node.slice]
-        dots = [i for i, e in enumerate(spelled) if isinstance(e, cst.Index) and isinstance(e.value, cst.Ellipsis)]
-        taken = sum(not (isinstance(e, cst.Index) and (isinstance(e.value, cst.Ellipsis) or tree.code(e.value) == "None"))
-                    for e in spelled)  # fmt: skip
-        axis = 0
-        result, removed, added = x, 0, 0
-        for position, each in enumerate(spelled):
-            if position in dots:
-                axis += x.rank - taken
-                continue
-            if isinstance(each, cst.Index) and tree.code(each.value) == "None":
-                added += axis <= x.axis
-                result = Tokens(result.rank + 1, result.axis, result.parts)
-                continue
-            if axis == x.axis:
-                if not isinstance(each, cst.Slice) or each.step is not None:
-                    raise NotShardable("single tokens are picked")
-                low = self.eval(each.lower, env) if each.lower is not None else None
-                high = self.eval(each.upper, env) if each.upper is not None else None
-                result = shapes.taken(result, low, high)
-            elif isinstance(each, cst.Index):
-                if isinstance(self.eval(each.value, env), Tokens):
-                    raise NotShardable("tokens are picked by an index")
-                removed += axis < x.axis
-                result = Tokens(result.rank - 1, result.axis, result.parts)
-            axis += 1
-        return Tokens(result.rank, x.axis - removed + added, result.parts)
-
-    def whole_indexed(self, owner: Whole, node: cst.Subscript, env: Env) -> Value:
-        entries: list[str] = []
-        for each in (e.slice for e in node.slice):
-            if isinstance(each, cst.Slice):
-                bounds = [self.eval(b, env) for b in (each.lower, each.upper, each.step) if b is not None]
-                if has_tokens(*bounds):
-                    raise NotShardable("a tensor that every rank has in full is cut to this rank's number of tokens")
-                entries.append("part" if bounds else "all")
-            elif isinstance(each.value, cst.Ellipsis):  # type: ignore[attr-defined]
-                entries.append("...")
-            else:
-                value = self.eval(each.value, env)  # type: ignore[attr-defined]
-                if has_tokens(value):
-                    raise NotShardable("entries of a table are picked by tokens")
-                entries.append("new" if value == NONE else "one")
-        if entries == ["one"]:
-            at = shapes.number(self._index(node, env))
-            return whole("item", args=(at,), base=(owner,)) if at is not None else opaque([owner])
-        return whole("view", op="index", args=tuple(entries), base=(owner,))
-
     def unary(self, node: cst.UnaryOperation, env: Env) -> Value:
         value = self.eval(node.expression, env)
         if isinstance(node.operator, cst.Minus):
@@ -417,7 +303,7 @@ class Frame:
                 raise NotShardable("numbers of all and of this rank's tokens are mixed")
             return opaque([left, right])
         if isinstance(left, Const) and isinstance(right, Const):
-            return _arithmetic(node.operator, left.value, right.value)
+            return arithmetic(node.operator, left.value, right.value)
         return operations.combine([left, right], self.findings.met)
 
     def comprehension(self, node: cst.ListComp | cst.GeneratorExp, env: Env) -> Value:
@@ -628,7 +514,7 @@ class Frame:
         )  # fmt: skip
         mask = use.mask
         if isinstance(mask, Tokens) and use.key is not None:
-            _same_tokens(mask, use.key)
+            same_tokens(mask, use.key)
         seen = self.findings.attention.setdefault(id(node), [])
         if use not in seen:
             seen.append(use)
@@ -668,96 +554,3 @@ class Frame:
         if not closure:
             self.findings.calls[key] = result
         return result
-
-
-def _from(value: Value, origin: str) -> Value:
-    """A module of the root, with the attribute that holds it."""
-    if isinstance(value, Instance):
-        return Instance(value.classes, origin)
-    if isinstance(value, Modules):
-        return Modules(Instance(value.element.classes, origin), tuple(Instance(e.classes, origin) for e in value.chain))
-    return value
-
-
-def _same_tokens(mask: Tokens, key: tuple[str, ...]) -> None:
-    """A mask of the keys: where it is another variable than the keys' stream, both have the same tokens."""
-    if mask.axis != mask.rank - 1 or len(mask.parts) != len(key):
-        raise NotShardable("a mask that is divided covers other tokens than the keys")
-    different = [(a, b) for a, b in zip(mask.parts, key, strict=True) if a != b]
-    if different:
-        raise shapes.Parallel("a mask covers a stream", *different[0])
-
-
-def bound(
-    function: cst.FunctionDef,
-    args: list[Value],
-    kwargs: Mapping[str, Value],
-    receiver: Instance | None,
-    default: Callable[[cst.BaseExpression], Value],
-) -> Env:
-    """Parameters of a call by name; those not given have their default."""
-    static = any(isinstance(d.decorator, cst.Name) and d.decorator.value == "staticmethod" for d in function.decorators)
-    given = list(args) if receiver is None or static else [receiver, *args]
-    env: Env = {}
-    params = [*function.params.posonly_params, *function.params.params]
-    for param, value in zip(params, given, strict=False):
-        env[param.name.value] = value
-    if isinstance(function.params.star_arg, cst.Param):
-        env[function.params.star_arg.name.value] = Many(tuple(given[len(params) :]))
-    for param in [*params, *function.params.kwonly_params]:
-        name = param.name.value
-        if name in kwargs:
-            env[name] = kwargs[name]
-        elif name not in env:
-            env[name] = default(param.default) if param.default is not None else OTHER
-    return env
-
-
-def unpacked(value: Value, count: int) -> list[Value]:
-    """Elements of a value that is unpacked into `count` targets."""
-    if isinstance(value, Either):
-        value = next((o for o in value.options if isinstance(o, Many) and len(o.items) == count), value.options[0])
-    if isinstance(value, Many):
-        if len(value.items) == count:
-            return list(value.items)
-        if value.items and len(set(value.items)) == 1:
-            return [value.items[0]] * count
-        return [
-            joined(flattened(value)) if not has_tokens(value) else Conflict("it is unpacked into other parts")
-        ] * count
-    if isinstance(value, Whole):
-        return [whole("item", args=(i,), base=(value,)) if value.kind != "fixed" else FIXED for i in range(count)]
-    if isinstance(value, Tokens):
-        return [Conflict("a tensor of tokens is unpacked")] * count
-    return [value if isinstance(value, Conflict) else OTHER] * count
-
-
-def _arithmetic(operator: cst.BaseBinaryOp, left: object, right: object) -> Value:
-    if isinstance(left, int) and isinstance(right, int):
-        if isinstance(operator, cst.Add):
-            return Const(left + right)
-        if isinstance(operator, cst.Subtract):
-            return Const(left - right)
-    return OTHER
-
-
-def _tested_rank(test: cst.Comparison) -> tuple[str, int | None]:
-    """(x, n) of `x.ndim == n`, `x.dim() == n` or `len(x.shape) == n`."""
-    left: cst.BaseExpression = test.left
-    comparator = test.comparisons[0].comparator
-    if not isinstance(comparator, cst.Integer):
-        return "", None
-    if isinstance(left, cst.Call):
-        if tree.call_name(left) == "len" and len(left.args) == 1:
-            left = left.args[0].value
-            if not (isinstance(left, cst.Attribute) and left.attr.value == "shape"):
-                return "", None
-        elif isinstance(left.func, cst.Attribute) and left.func.attr.value == "dim" and not left.args:
-            left = left.func
-    if (
-        isinstance(left, cst.Attribute)
-        and left.attr.value in ("ndim", "dim", "shape")
-        and isinstance(left.value, cst.Name)
-    ):
-        return left.value.value, int(comparator.value)
-    return "", None

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 import libcst as cst
 
 from porter.facts.module_tree import module_tree
+from porter.facts.sequence.calls import AttentionUse, Env, Findings
 from porter.facts.sequence.classes import Classes
-from porter.facts.sequence.follow import AttentionUse, Env, Findings, Frame
+from porter.facts.sequence.follow import Frame
+from porter.facts.sequence.region import block_loops, handed_on, maybe_none, read_after
 from porter.facts.sequence.shapes import Joined, Parallel
 from porter.facts.sequence.tables import Entry, variables
 from porter.facts.sequence.values import (
@@ -108,7 +110,7 @@ def _plan(unit: Unit, library: Library | None) -> SequencePlan | Unknown:
         return Unknown("the class has no forward")
     classes = Classes(modules, library)
     lists = {p[:-2] for p in root.sites if p.endswith(".*")}  # type: ignore[union-attr]
-    steps = [s for s in tree.body(forward) if _block_loops(s, lists)]
+    steps = [s for s in tree.body(forward) if block_loops(s, lists)]
     reasons: list[str] = []
     for first in range(len(steps)):
         region = steps[first:]
@@ -134,7 +136,7 @@ def _refusals(forward: cst.FunctionDef) -> list[tuple[str, ...]]:
 
 def _with_more_streams(search: _Search, axis: int) -> SequencePlan:
     """Streams are what the blocks hand on, and what they put beside it (text whose blocks don't change it)."""
-    streams = tuple(Stream(n, 3, axis, n) for n in _streams(search.region, search.forward))
+    streams = tuple(Stream(n, 3, axis, n) for n in handed_on(search.region, search.forward))
     for _ in range(6):
         try:
             return search.plan(streams)
@@ -151,65 +153,6 @@ def _with_more_streams(search: _Search, axis: int) -> SequencePlan:
         except Parallel as problem:
             streams = tuple(replace(s, tokens=problem.second) if s.tokens == problem.first else s for s in streams)
     raise NotShardable("more and more tensors are concatenated with the tokens")
-
-
-def _block_loops(step: cst.BaseStatement, lists: set[str]) -> list[cst.For]:
-    """Loops over lists of modules in a statement of the forward: one itself, or some in its branches."""
-    return [
-        loop
-        for loop in tree.find(step, cst.For)
-        if any(tree.self_attribute(a) in lists for a in tree.find(loop.iter, cst.Attribute))
-    ]
-
-
-def _streams(region: list[cst.BaseStatement], forward: cst.FunctionDef) -> tuple[str, ...]:
-    """Variables that calls of blocks read and write, and that exist before the first of the loops."""
-    found: dict[str, None] = {}
-    before = _defined_before(forward, region[0])
-    for loop in (each for step in region for each in tree.find(step, cst.For)):
-        for assign in tree.find(loop.body, cst.Assign):
-            if not isinstance(assign.value, cst.Call):
-                continue
-            read = {a.value.value for a in assign.value.args if isinstance(a.value, cst.Name)}
-            written = [n for t in assign.targets for n in _names(t.target)]
-            found.update(dict.fromkeys(n for n in written if n in read and n in before))
-    return tuple(found)
-
-
-def _names(target: cst.BaseExpression) -> list[str]:
-    if isinstance(target, (cst.Tuple, cst.List)):
-        return [n for e in target.elements for n in _names(e.value)]
-    return [target.value] if isinstance(target, cst.Name) else []
-
-
-def _read_after(forward: cst.FunctionDef, loop: cst.BaseStatement) -> frozenset[str]:
-    """Names that occur in the loop or after it."""
-    nodes = list(tree.walk(forward.body))
-    start = next(i for i, n in enumerate(nodes) if n is loop)
-    return frozenset(n.value for n in nodes[start:] if isinstance(n, cst.Name))
-
-
-def _maybe_none(forward: cst.FunctionDef) -> set[str]:
-    """Variables that may hold None: set so somewhere, or optional inputs that nothing else is assigned to."""
-    absent: set[str] = set()
-    given: set[str] = set()
-    for assign in tree.find(forward.body, cst.Assign):
-        names = [n for t in assign.targets for n in _names(t.target)]
-        (absent if tree.code(assign.value) == "None" else given).update(names)
-    defaults = {
-        p.name.value for p in tree.parameters(forward) if p.default is not None and tree.code(p.default) == "None"
-    }
-    return absent | (defaults - given)
-
-
-def _defined_before(forward: cst.FunctionDef, loop: cst.BaseStatement) -> set[str]:
-    names = {p.name.value for p in tree.parameters(forward)}
-    for node in tree.walk(forward.body):
-        if node is loop:
-            break
-        if isinstance(node, cst.AssignTarget):
-            names |= set(_names(node.target))
-    return names
 
 
 class Copied(NotShardable):
@@ -267,7 +210,7 @@ class _Search:
 
     def follow(self, streams: tuple[Stream, ...], gather: Gather | None) -> _Root:
         run = _Root(self.classes, self.unit.root, set(map(id, self.region)), streams, gather)
-        run.read_later = _read_after(self.forward, self.region[0])
+        run.read_later = read_after(self.forward, self.region[0])
         run.start(self.forward, self.refused)
         return run
 
@@ -320,7 +263,7 @@ class _Root(Frame):
         for param in tree.parameters(forward)[1:]:
             name = param.name.value
             env[name] = NONE if name in refused else whole("source", name=name)
-        self.maybe_none = _maybe_none(forward)
+        self.maybe_none = maybe_none(forward)
         try:
             self.block(tree.body(forward), env)
             if any(isinstance(v, Tokens) for r in self.returned for v in flattened(r)):
@@ -355,8 +298,8 @@ class _Root(Frame):
         before = dict(env)
         for name, value in list(env.items()):
             if name in self.streams and value != NONE:
-                stream = self.streams[name]
-                env[name] = Tokens(stream.rank, stream.axis, (stream.tokens,))
+                held_by = self.streams[name]
+                env[name] = Tokens(held_by.rank, held_by.axis, (held_by.tokens,))
             elif (stream := self.counted(value, before)) is not None and name in self.read_later:
                 env[name] = Length((stream.tokens,))
                 self.recounted[name] = stream
