@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import libcst as cst
 
 from porter.facts.sequence import shapes
-from porter.facts.sequence.tables import Entry
+from porter.facts.sequence.tables import PER_TOKEN, Entry
 from porter.facts.sequence.values import (
     FIXED,
     OTHER,
@@ -25,6 +25,7 @@ from porter.facts.sequence.values import (
     flattened,
     has_tokens,
     joined,
+    per_token,
     whole,
 )
 from porter.source import tree
@@ -99,6 +100,9 @@ def bound(
             env[name] = kwargs[name]
         elif name not in env:
             env[name] = default(param.default) if param.default is not None else OTHER
+    for name, value in env.items():
+        if isinstance(value, Whole) and value.kind == "boundary" and PER_TOKEN.search(name):
+            per_token.add(value.name)
     return env
 
 

@@ -17,6 +17,7 @@ from porter.facts.sequence.values import (
     Tokens,
     Value,
     Whole,
+    counted,
     flattened,
     fresh,
     has_tokens,
@@ -192,6 +193,12 @@ def function(name: str, args: Sequence[Value], kwargs: Mapping[str, Value], met:
     raise NotShardable(f"{name} is given tokens")
 
 
+def _axis_of(x: Value, size: Value) -> int | None:
+    """The axis of `x` whose length a number is."""
+    found = counted(size)
+    return found[1] if found is not None and found[0] is x else None
+
+
 def _grown(name: str, args: Sequence[Value]) -> Value:
     """`x.expand(-1, n, -1)`: what is the same for all tokens, once per token. Another length than 1 fails at run time."""
     lengths = [i for i, v in enumerate(args) if isinstance(v, Length)]
@@ -205,6 +212,8 @@ def _grown(name: str, args: Sequence[Value]) -> Value:
 def whole_method(name: str, x: Value, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
     """A method of a tensor that every rank has in full: shape operations are remembered."""
     values = [*args, *kwargs.values()]
+    if name in ("view", "reshape") and len(args) > 3 and [_axis_of(x, a) for a in args[:2]] == [0, 1]:
+        return whole("view", op="unflatten", args=(2, len(args) - 2), base=(x,))
     if name in ("view", "reshape") and sum(isinstance(v, Length) for v in args) == 1:
         entries_ = tuple("new" if v == Const(1) else "all" for v in args)
         return whole("view", op="index", args=entries_, base=(x,))
@@ -230,6 +239,8 @@ def whole_method(name: str, x: Value, args: Sequence[Value], kwargs: Mapping[str
             return Many((piece,) * count) if count and count > 0 else piece
     if name == "expand":
         return view("expand", *(shapes.number(a) for a in args))
+    if name == "permute" and all(shapes.number(a) is not None for a in args):
+        return view("permute", *(shapes.number(a) for a in args))
     if name == "transpose" and len(args) == 2:
         return view("transpose", shapes.number(args[0]), shapes.number(args[1]))
     if name == "unflatten" and len(args) == 2 and isinstance(args[1], Many):

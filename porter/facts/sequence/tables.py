@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from porter.facts.sequence.values import NotShardable, Value, Whole
+from porter.facts.sequence.values import NotShardable, Value, Whole, per_token
 
-_PER_TOKEN = re.compile(r"rotary|rope|freqs|(^|_)(cos|sin|ids)($|_)|pos(ition)?_?emb|mask|indices|index", re.IGNORECASE)
+PER_TOKEN = re.compile(r"rotary|rope|freqs|(^|_)(cos|sin|ids)($|_)|pos(ition)?_?emb|mask|indices|index", re.IGNORECASE)
 """Words of variables and modules that hold one entry per token."""
 
 
@@ -72,6 +72,10 @@ def _step(
     if value.kind == "join":
         pending += [(b, axis, rank, path, tested) for b in value.base]
         return set()
+    inner = value.base[0] if value.base else None
+    if value.kind == "item" and isinstance(inner, Whole) and inner.op in ("permute", "unflatten"):
+        pending.append((inner, axis, rank + 1, path, tested))  # a tensor's first axis, not a tuple's element
+        return set()
     if value.kind == "item":
         pending.append((value.base[0], axis, rank, (int(value.args[0]), *path), tested))  # type: ignore[call-overload]
         return set()
@@ -87,13 +91,13 @@ def _step(
         return set()
     if value.kind == "boundary":
         return _at_boundary(value, axis, rank, path, tested)
-    return {Entry(value.name, path, axis, tested)} if _PER_TOKEN.search(value.name) else set()
+    return {Entry(value.name, path, axis, tested)} if PER_TOKEN.search(value.name) else set()
 
 
 def _at_boundary(value: Whole, axis: int, rank: int, path: tuple[int, ...], tested: int | None) -> set[Entry]:
     """A variable at the start of the region: what was done before may show that it is the same for all tokens."""
     entry = Entry(value.name, path, axis, tested)
-    if tested is not None or _PER_TOKEN.search(value.name):
+    if tested is not None or PER_TOKEN.search(value.name) or value.name in per_token:
         return {entry}
     return {entry} if value.base and entries(value.base[0], axis, rank) else set()
 
@@ -123,6 +127,9 @@ def _back(view: Whole, axis: int, rank: int) -> tuple[int, int] | None:
         first, second = (_position(a, rank) for a in view.args)
         moved = second if left == first else first if left == second else left
         return moved - rank, rank
+    if view.op == "permute":
+        order = [_position(a, rank) for a in view.args]
+        return order[left] - rank, rank
     if view.op == "index":
         return _unindexed(view.args, axis, rank)
     if view.op == "unflatten":

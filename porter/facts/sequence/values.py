@@ -130,11 +130,14 @@ class Whole:
 Value = Tokens | Length | Const | Many | Functions | Either | Instance | Modules | Partial | Conflict | Other | Whole
 
 _known: dict[tuple[object, ...], Whole] = {}
+per_token: set[str] = set()
+"""Variables at the start of the region that are handed to a parameter whose name says that they have one entry per token."""
 
 
 def forget() -> None:
     """Start anew: the values of one analysis are not needed by the next."""
     _known.clear()
+    per_token.clear()
 
 
 def whole(
