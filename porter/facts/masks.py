@@ -97,7 +97,7 @@ def _read_elsewhere(
     nodes = list(tree.walk(method.body))
     start = next(i for i, n in enumerate(nodes) if any(n is s for s in sites))
     inside = {id(n) for site in sites for n in tree.walk(site)}
-    harmless = {id(n) for n in handed}
+    harmless = {id(n) for n in handed} | {id(t.target) for t in tree.find(method.body, cst.AssignTarget)}
     for node in nodes[start:]:
         if isinstance(node, cst.Comparison) and tree.code(node.comparisons[0].comparator) == "None":
             harmless |= {id(n) for n in tree.walk(node)}

@@ -152,6 +152,12 @@ def test_what_mixes_tokens_is_refused(step, why):
     assert why in reason(step + SELF)
 
 
+def test_tokens_are_followed_through_a_dictionary_of_arguments():
+    block = "more = {'hidden': x}\nx = self.norm(more['hidden'])\n" + SELF
+    assert [u.key for u in plan(block).attention] == [("x",)]
+    assert "self.inner is given tokens" in reason("more = {'x': x}\nreturn self.inner(**more)\n")
+
+
 def test_blocks_without_attention_over_the_tokens_have_no_plan():
     assert reason("return x + self.norm(x)\n") == "no attention goes over the tokens"
 

@@ -31,6 +31,7 @@ from porter.facts.sequence.values import (
     Length,
     Many,
     Modules,
+    Named,
     NotShardable,
     Partial,
     Tokens,
@@ -176,6 +177,8 @@ class Frame:
             return self.attribute(node, env)
         if isinstance(node, (cst.Tuple, cst.List)):
             return Many(tuple(v for e in node.elements for v in self.spread(e, env)))
+        if isinstance(node, cst.Dict):
+            return self.dictionary(node, env)
         if isinstance(node, cst.Subscript):
             return self.subscript(node, env)
         if isinstance(node, cst.BinaryOperation):
@@ -210,6 +213,18 @@ class Frame:
         options = [self.eval(e.value, {}) for e in table.elements if isinstance(e, cst.DictElement)]
         found = [o for v in options if isinstance(v, Functions) for o in v.options]
         return Functions(tuple(found)) if found else OTHER
+
+    def dictionary(self, node: cst.Dict, env: Env) -> Value:
+        items: dict[str, Value] = {}
+        for element in node.elements:
+            value = self.eval(element.value, env)
+            if isinstance(element, cst.DictElement) and isinstance(element.key, cst.SimpleString):
+                items[str(tree.literal_value(element.key.value))] = value
+            elif isinstance(value, Named):
+                items |= dict(value.items)
+            elif has_tokens(value):
+                raise NotShardable("tokens are kept in a dictionary whose keys are computed")
+        return Named(tuple(items.items()))
 
     def spread(self, element: cst.BaseElement, env: Env) -> list[Value]:
         value = self.eval(element.value, env)
@@ -246,11 +261,22 @@ class Frame:
             return self.picked(owner, node, env)
         if isinstance(owner, Either):
             return self.apart(owner)
+        if isinstance(owner, Named):
+            return self.entry(owner, self._index(node, env))
         if isinstance(owner, Tokens):
             return indexed(owner, node, lambda each: self.eval(each, env))
         if isinstance(owner, Whole):
             return whole_indexed(owner, node, lambda each: self.eval(each, env))
         return owner
+
+    @staticmethod
+    def entry(owner: Named, key: Value) -> Value:
+        """An entry of a dictionary."""
+        if isinstance(key, Const):
+            return owner.get(key.value)
+        if has_tokens(owner):
+            raise NotShardable("tokens are kept in a dictionary whose keys are computed")
+        return opaque([owner])
 
     @staticmethod
     def apart(value: Either) -> Value:
@@ -357,6 +383,8 @@ class Frame:
                 return operations.whole_method(method, owner, args, kwargs)
             if isinstance(owner, Many):
                 return self.on_list(node, owner, method, args, env)
+            if isinstance(owner, Named) and (method in ("get", "pop") or has_tokens(owner)):
+                return self.entry(owner, args[0] if args and method in ("get", "pop") else OTHER)
             if isinstance(owner, Functions):
                 return owner
             if isinstance(owner, Either):
@@ -383,6 +411,10 @@ class Frame:
                 args += value.items if isinstance(value, Many) else [value]
             elif arg.star == "":
                 args.append(value)
+            elif isinstance(value, Named):
+                kwargs |= dict(value.items)
+            elif has_tokens(value):
+                raise NotShardable("tokens are among arguments that are not known by name")
         return args, kwargs
 
     def on_list(self, node: cst.Call, owner: Many, method: str, args: list[Value], env: Env) -> Value:

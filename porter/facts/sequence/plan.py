@@ -19,6 +19,7 @@ from porter.facts.sequence.values import (
     Instance,
     Length,
     Many,
+    Named,
     NotShardable,
     Tokens,
     Value,
@@ -331,9 +332,15 @@ class _Root(Frame):
                 env[target.value] = whole("opaque", name="gathered")
 
 
+def _entry_of(name: str, key: str, value: Value) -> Value:
+    return whole("item", args=(key,), base=(_marked(name, value, ()),)) if isinstance(value, Whole) else value
+
+
 def _marked(name: str, value: Value, path: tuple[int, ...]) -> Value:
     if isinstance(value, Many):
         return Many(tuple(_marked(name, v, (*path, i)) for i, v in enumerate(value.items)))
+    if isinstance(value, Named):
+        return Named(tuple((k, _entry_of(name, k, v)) for k, v in value.items))
     if isinstance(value, Either) and not has_tokens(value):
         value = opaque(list(value.options))
     if not isinstance(value, Whole) or value.kind == "fixed":

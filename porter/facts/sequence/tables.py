@@ -76,6 +76,8 @@ def _step(
     if value.kind == "item" and isinstance(inner, Whole) and inner.op in ("permute", "unflatten"):
         pending.append((inner, axis, rank + 1, path, tested))  # a tensor's first axis, not a tuple's element
         return set()
+    if value.kind == "item" and not isinstance(value.args[0], int):
+        raise NotShardable("a table of a dictionary counts tokens")
     if value.kind == "item":
         pending.append((value.base[0], axis, rank, (int(value.args[0]), *path), tested))  # type: ignore[call-overload]
         return set()

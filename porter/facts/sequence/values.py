@@ -77,6 +77,16 @@ class Partial:
 
 
 @dataclass(frozen=True, slots=True)
+class Named:
+    """A dictionary whose keys are known."""
+
+    items: tuple[tuple[str, Value], ...]
+
+    def get(self, key: object) -> Value:
+        return dict(self.items).get(str(key), NONE)
+
+
+@dataclass(frozen=True, slots=True)
 class Functions:
     """Functions that a table of functions may give: qualified name and keywords already bound."""
 
@@ -127,7 +137,21 @@ class Whole:
     rank: int | None = None
 
 
-Value = Tokens | Length | Const | Many | Functions | Either | Instance | Modules | Partial | Conflict | Other | Whole
+Value = (
+    Tokens
+    | Length
+    | Const
+    | Many
+    | Named
+    | Functions
+    | Either
+    | Instance
+    | Modules
+    | Partial
+    | Conflict
+    | Other
+    | Whole
+)
 
 _known: dict[tuple[object, ...], Whole] = {}
 per_token: set[str] = set()
@@ -205,6 +229,8 @@ def flattened(value: Value) -> list[Value]:
         return [v for item in value.items for v in flattened(item)]
     if isinstance(value, Either):
         return [v for option in value.options for v in flattened(option)]
+    if isinstance(value, Named):
+        return [v for _, item in value.items for v in flattened(item)]
     return [value]
 
 
