@@ -1,8 +1,9 @@
 """How long a conversion takes, beside the least that any LibCST program needs: parsing and printing the same files.
 
-    work      N conversions in this process, nothing written
+    work      N conversions in this one process, nothing written
     libcst    N times `parse_module(text).code` over the source files that the conversion read, in turn with the former
-    process   `porter convert` in N new processes: interpreter, import of LibCST, imports of porter, work
+    process   `porter convert` in N new processes: interpreter, import of LibCST, imports of porter, work; of many classes
+              it divides the work among the processors it may use, `workers` of them
 
 All figures are medians of seconds; the ratio is the median of the N ratios.
 
@@ -28,11 +29,12 @@ from typing import Any
 from porter.emit.write import write_atomically
 from porter.exits import OK
 from porter.model import Diagnostic, PorterError
+from porter.shares import processes
 
 DISTRIBUTIONS = ("porter", "libcst", "ruff", "diffusers", "vllm-omni", "torch")
 
 _PROCESS = """
-import json, resource, sys, time
+import gc, json, resource, sys, time
 start = time.perf_counter()
 import libcst
 parser = time.perf_counter()
@@ -40,6 +42,7 @@ import porter.cli, porter.commands, porter.convert
 imported = time.perf_counter()
 code = porter.cli.main(sys.argv[2:])
 end = time.perf_counter()
+gc.freeze()  # as `porter.cli.entry` does
 peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 with open(sys.argv[1], "w") as stream:
     json.dump({"import_libcst": parser - start, "import_porter": imported - parser, "work": end - imported,
@@ -74,6 +77,7 @@ class Measurement:
     libcst: float
     ratio: float
     process: Parts
+    workers: int
 
     def to_json(self) -> dict[str, Any]:
         process = {**asdict(self.process), "wall": self.process.wall}
@@ -84,6 +88,7 @@ class Measurement:
 def run(
     classes: list[str],
     everything: bool,
+    together: bool,
     repeats: int,
     verify: bool,
     json_file: Path | None,
@@ -99,6 +104,8 @@ def run(
         )
     measured: list[Measurement] = []
     subjects = {"all": all_names(source)} if everything else {name: [name] for name in classes}
+    if together and classes:
+        subjects = {f"{len(classes)} classes": classes}
     for subject, names in subjects.items():
         print(f"{subject}: {repeats} times", file=sys.stderr)
         measured.append(measure(subject, names, repeats, source))
@@ -122,7 +129,8 @@ def measure(subject: str, names: Sequence[str], repeats: int = 5, source: Path |
     ratio = statistics.median(a / b for a, b in pairs)
     lines = sum(text.count("\n") for text in texts)
     parts = process_parts(names, repeats, source)
-    return Measurement(subject, len(names), len(files), lines, work, libcst, ratio, parts)
+    workers = processes(len(names))
+    return Measurement(subject, len(names), len(files), lines, work, libcst, ratio, parts, workers)
 
 
 def files_read(action: Callable[[], object], root: Path) -> list[Path]:
@@ -198,14 +206,16 @@ def report(measured: Iterable[Measurement], verified: Iterable[dict[str, Any]], 
 
 
 def table(measured: Iterable[Measurement], verified: Iterable[dict[str, Any]]) -> str:
-    """The same for a person: seconds."""
-    head = ("convert", "files", "lines", "work", "libcst", "ratio", "wall", "python", "libcst", "porter", "work", "MiB")
+    """The same for a person: seconds. `ratio` is work over libcst, `wall/import` the command over `import libcst`."""
+    head = ("convert", "files", "lines", "work", "libcst", "ratio", "wall", "wall/import", "python", "libcst", "porter",
+            "work", "workers", "MiB")  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
     for m in measured:
         p = m.process
-        seconds = [f"{s:.2f}" for s in (p.wall, p.interpreter, p.import_libcst, p.import_porter, p.work)]
+        seconds = [f"{s:.2f}" for s in (p.interpreter, p.import_libcst, p.import_porter, p.work)]
         rows.append((m.subject, str(m.files), str(m.lines), f"{m.work:.2f}", f"{m.libcst:.2f}", f"{m.ratio:.2f}",
-                     *seconds, f"{p.peak_mib:.0f}"))  # fmt: skip
+                     f"{p.wall:.2f}", f"{p.wall / p.import_libcst:.1f}", *seconds, str(m.workers),
+                     f"{p.peak_mib:.0f}"))  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
              for row in rows]  # fmt: skip

@@ -193,6 +193,7 @@ def benchmark(
     everything: Annotated[
         bool, typer.Option("--all", help="Every class that Diffusers has, as one conversion.")
     ] = False,
+    together: Annotated[bool, typer.Option("--together", help="The classes as one conversion.")] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Figures are medians of so many runs.")] = 5,
     verification: Annotated[bool, typer.Option("--verify", help="Time `porter verify` of each class, too.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
@@ -202,7 +203,7 @@ def benchmark(
     """Time conversions against LibCST's own parsing and printing of the same files."""
     from porter.benchmark import run
 
-    raise typer.Exit(run(classes or [], everything, repeats, verification, json_file, out, source))
+    raise typer.Exit(run(classes or [], everything, together, repeats, verification, json_file, out, source))
 
 
 @app.command()

@@ -288,9 +288,10 @@ def manifest_names(out: Path) -> list[str]:
 def _conversion(names: Iterable[str], source: Path | None, rules: Path | None, evidence: Path | None = None) -> Any:  # noqa: ANN401
     """One conversion. Names are sorted, so that the files do not depend on the order in which they were given."""
     from porter.convert import convert as run
+    from porter.shares import processes
 
     ordered = sorted({n.removeprefix("diffusers.") for n in names})
-    return run(ordered, source, rules, evidence)
+    return run(ordered, source, rules, evidence, processes(len(ordered)))
 
 
 def _all_names(source: Path | None) -> list[str]:

@@ -23,6 +23,7 @@ from porter.manifest import Manifest, PortEntry, manifest_text
 from porter.model import Diagnostic, PorterError
 from porter.pipeline import Denoiser, PipelinePort, port_pipeline
 from porter.pipeline.registration import PortRow, folder_init, package_files
+from porter.shares import share_out
 from porter.source.library import Library, open_library
 from porter.targets import Target, all_targets, find_target
 from porter.transformer.policy import Policy, load_policy
@@ -40,18 +41,88 @@ class Conversion:
     summary: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Folders of ports that one process printed. `found` are findings by position of the target they are about,
+    `checked` those about printed files."""
+
+    files: Mapping[str, str]
+    ports: tuple[PortEntry, ...]
+    edits_planned: int
+    found: Mapping[int, tuple[Diagnostic, ...]]
+    checked: tuple[Diagnostic, ...]
+
+
 def convert(
-    names: Sequence[str], source: Path | None = None, rules_dir: Path | None = None, evidence: Path | None = None
+    names: Sequence[str],
+    source: Path | None = None,
+    rules_dir: Path | None = None,
+    evidence: Path | None = None,
+    processes: int = 1,
 ) -> Conversion:
-    """Port pipelines (or denoisers alone) given by class name. Raises PorterError when nothing can be converted."""
+    """Port pipelines (or denoisers alone) given by class name, in so many processes at once; it changes no byte.
+
+    Raises PorterError when nothing can be converted.
+    """
+    library = open_library(source)
+    targets = [find_target(library, name) for name in names]
+    shares = share_out(targets, processes)
+    if len(shares) == 1:
+        parts = [_folders(dict(enumerate(targets)), library, rules_dir, evidence, alone=len(names) == 1)]
+    else:
+        from concurrent.futures import ProcessPoolExecutor
+
+        with ProcessPoolExecutor(len(shares)) as pool:
+            jobs = [pool.submit(_share, {n: targets[n] for n in s}, source, rules_dir, evidence) for s in shares]
+            parts = [job.result() for job in jobs]
+    return _joined(parts, library.version)
+
+
+def _share(
+    targets: Mapping[int, Target], source: Path | None, rules_dir: Path | None, evidence: Path | None
+) -> Folders:
+    """The part of a conversion that another process does."""
+    return _folders(targets, open_library(source), rules_dir, evidence, alone=False)
+
+
+def _folders(
+    targets: Mapping[int, Target], library: Library, rules_dir: Path | None, evidence: Path | None, *, alone: bool
+) -> Folders:
     with _no_search_for_cycles():
-        library = open_library(source)
-        rules = load_rules(rules_dir or resources.RULES)
-        policy = load_policy(resources.RULES)
-        run = _Conversion(library, rules, policy)
-        for name in names:
-            run.add(find_target(library, name), alone=len(names) == 1)
-        return run.finish(evidence)
+        run = _Conversion(library, load_rules(rules_dir or resources.RULES), load_policy(resources.RULES))
+        found: dict[int, tuple[Diagnostic, ...]] = {}
+        for position, target in targets.items():
+            before = len(run.diagnostics)
+            run.add(target, alone=alone)
+            found[position] = tuple(run.diagnostics[before:])
+        return run.finish(evidence, found)
+
+
+def _joined(parts: Sequence[Folders], version: str) -> Conversion:
+    """One conversion: all folders and the files around them."""
+    files = {name: text for part in parts for name, text in part.files.items()}
+    if len(files) < sum(len(part.files) for part in parts):
+        raise RuntimeError("two processes printed the same file")
+    entries = sorted((e for part in parts for e in part.ports), key=lambda e: (e.folder, e.arch))
+    folders = {name.partition("/")[0] for name in files}
+    files |= package_files(folders, "0.1.0")
+    files["manifest.json"] = manifest_text(Manifest(version, tuple(entries)))
+    found = dict(sorted((n, d) for part in parts for n, d in part.found.items()))
+    checked = sorted(
+        (d for part in parts for d in part.checked), key=lambda d: (d.span.file, d.span.line) if d.span else ("", 0)
+    )
+    return Conversion(
+        dict(sorted(files.items())), (*(d for each in found.values() for d in each), *checked), tuple(entries),
+        sum(part.edits_planned for part in parts), _summary(entries, files),
+    )  # fmt: skip
+
+
+def _summary(entries: Sequence[PortEntry], files: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+    rows = []
+    for e in entries:
+        size = sum(files[f"{e.folder}/{m}.py"].count("\n") for m in e.modules())
+        rows.append((e.source, f"{e.folder}/", e.cls or "transformer only", f"{size} lines"))
+    return tuple(rows)
 
 
 @contextmanager
@@ -119,8 +190,8 @@ class _Conversion:
             self.diagnostics += port.diagnostics
         return self.transformers[qualified]
 
-    def finish(self, evidence: Path | None) -> Conversion:
-        """Print, format and check all files; write the records around them."""
+    def finish(self, evidence: Path | None, found: Mapping[int, tuple[Diagnostic, ...]]) -> Folders:
+        """Print, format and check all files; write the records of their folders."""
         digest = rules_digest()
         marked: dict[str, str] = {}
         for port in self.transformers.values():
@@ -134,19 +205,14 @@ class _Conversion:
             )
         finished = linemap.finish(marked)
         files = {name: f.text for name, f in finished.items()}
-        self.diagnostics += check_files({name: f.tree for name, f in finished.items()})
+        checked = check_files({name: f.tree for name, f in finished.items()})
         entries = self._entries(files, evidence)
         folders = sorted({p.folder for p in self.transformers.values()})
         files.update(linemap.format_files({f"{folder}/__init__.py": self._init(folder, entries) for folder in folders}))
         for folder in folders:
             files[f"{folder}/port.json"] = port_record(folder, self, finished)
-        manifest = Manifest(self.library.version, tuple(entries))
-        files.update(package_files(folders, "0.1.0"))
-        files["manifest.json"] = manifest_text(manifest)
-        return Conversion(
-            dict(sorted(files.items())), tuple(self.diagnostics), tuple(entries),
-            sum(p.edits for p in self.transformers.values()), self._summary(entries, files),
-        )  # fmt: skip
+        edits = sum(p.edits for p in self.transformers.values())
+        return Folders(files, tuple(entries), edits, found, tuple(checked))
 
     def _header(self, public: str, qualified: str, digest: str) -> str:
         span = self.library.span(qualified)
@@ -169,13 +235,6 @@ class _Conversion:
         rows = [PortRow(e.arch, e.folder, e.module, e.cls, e.pre_process, e.post_process)
                 for e in entries if e.folder == folder]  # fmt: skip
         return folder_init(folder, transformers, rows)
-
-    def _summary(self, entries: list[PortEntry], files: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
-        rows = []
-        for e in entries:
-            size = sum(files[f"{e.folder}/{m}.py"].count("\n") for m in e.modules())
-            rows.append((e.source, f"{e.folder}/", e.cls or "transformer only", f"{size} lines"))
-        return tuple(rows)
 
 
 def rules_digest() -> str:

@@ -54,6 +54,10 @@ class PorterError(Exception):
         super().__init__("; ".join(f"{d.code} {d.message}" for d in diagnostics))
         self.diagnostics = diagnostics
 
+    def __reduce__(self) -> tuple[type[PorterError], tuple[Diagnostic, ...]]:
+        """So that it survives the way out of another process."""
+        return PorterError, self.diagnostics
+
 
 @dataclass(frozen=True, slots=True)
 class SiteStatus:

@@ -38,6 +38,13 @@ def test_the_command_writes_figures_with_versions(tmp_path: Path, capsys) -> Non
     assert SUBJECT in capsys.readouterr().out
 
 
+def test_classes_are_measured_as_one_conversion_when_told_so(capsys) -> None:
+    other = "diffusers.DiTTransformer2DModel"
+    assert main(["benchmark", SUBJECT, other, "--together", "--repeats", "1"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 and rows[1].startswith("2 classes")
+
+
 def test_no_class_is_one_clear_error(capsys) -> None:
     assert main(["benchmark"]) == USAGE
     assert "PORT013" in capsys.readouterr().err

@@ -16,16 +16,7 @@ import libcst as cst
 from porter.model import Definition, Span
 from porter.source.marks import mark_of
 from porter.source.names import DOT
-from porter.source.tree import clone, code_fields
-
-LAYOUT = (
-    cst.BaseParenthesizableWhitespace,
-    cst.Comma,
-    cst.TrailingWhitespace,
-    cst.EmptyLine,
-    cst.Newline,
-    cst.Comment,
-)
+from porter.source.tree import children, clone
 
 
 @dataclass(slots=True)
@@ -38,36 +29,6 @@ class _Fragment:
     attributes: dict[str, list[cst.CSTNode]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     repeated: bool = False
-
-
-_CODE: dict[type, bool] = {}
-_FIELDS: dict[type, tuple[str, ...]] = {}
-
-
-def _is_code(kind: type) -> bool:
-    """Whether values of a class are nodes that are code, not layout or plain values."""
-    _CODE[kind] = found = issubclass(kind, cst.CSTNode) and not issubclass(kind, LAYOUT)
-    return found
-
-
-def _below(node: Any) -> list[cst.CSTNode]:
-    """Direct children that are code, last one first. `tree.children`, written for speed: this is the hot loop."""
-    kind: Any = type(node)
-    fields = _FIELDS.get(kind)
-    if fields is None:
-        fields = _FIELDS[kind] = code_fields(kind)[::-1]
-    found: list[cst.CSTNode] = []
-    for name in fields:
-        value = getattr(node, name)
-        of = type(value)
-        if of is tuple or of is list:
-            for item in reversed(value):
-                of = type(item)
-                if _CODE[of] if of in _CODE else _is_code(of):
-                    found.append(item)
-        elif _CODE[of] if of in _CODE else _is_code(of):
-            found.append(value)
-    return found
 
 
 def _scan(root: cst.CSTNode, stop: frozenset[int] = frozenset()) -> _Fragment:
@@ -94,7 +55,7 @@ def _scan(root: cst.CSTNode, stop: frozenset[int] = frozenset()) -> _Fragment:
             result.attributes.setdefault(node.attr.value, []).append(node)
         if id(node) in stop:
             continue
-        for child in _below(node):
+        for child in reversed(children(node)):
             if id(child) in parents:
                 result.repeated = True
             parents[id(child)] = node

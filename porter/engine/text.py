@@ -19,18 +19,11 @@ from porter.model import Unknown
 from porter.source.absolutise import MODULES
 from porter.source.names import BUILTINS, DOT, absolute
 from porter.source.tree import atomic, code, code_fields
+from porter.source.walking import is_code
 
 ONE, MANY, FIELD = "MV1_", "MVN_", "MVF_"
 _VARIABLE = re.compile(r"\$(\$?)(?:([A-Za-z_]\w*)|\{([A-Za-z]\w*(?:\.[A-Za-z]\w*)*)\})")
 _ENCODED = re.compile(rf"{ONE}\w+|{FIELD}\w+")
-_LAYOUT = (
-    cst.BaseParenthesizableWhitespace,
-    cst.Comma,
-    cst.TrailingWhitespace,
-    cst.EmptyLine,
-    cst.Newline,
-    cst.Comment,
-)
 _BRACKETED = (cst.Arg, cst.Element, cst.Index, cst.DictElement, cst.FormattedStringExpression)
 _LOOSE = (*_BRACKETED, cst.Assign, cst.AnnAssign, cst.Return, cst.Expr, cst.AugAssign, cst.If, cst.While)
 FREE = BUILTINS | {"self", "cls", "__class__"}
@@ -154,15 +147,14 @@ def rewrite(node: Any, change: Callable[[Any, Any], Any], parent: Any = None) ->
     kind: Any = type(node)
     for name in code_fields(kind):
         value = getattr(node, name)
-        if isinstance(value, cst.CSTNode):
-            if not isinstance(value, _LAYOUT):
-                new = rewrite(value, change, node)
-                if new is not value:
-                    changes[name] = new
+        if is_code[type(value)]:
+            new = rewrite(value, change, node)
+            if new is not value:
+                changes[name] = new
         elif isinstance(value, (list, tuple)) and value:
             items: list[object] = []
             for item in value:
-                new = rewrite(item, change, node) if isinstance(item, cst.CSTNode) else item
+                new = rewrite(item, change, node) if is_code[type(item)] else item
                 items.extend(new) if isinstance(new, list) else items.append(new)
             if len(items) != len(value) or any(a is not b for a, b in zip(items, value)):
                 changes[name] = items

@@ -1,145 +1,23 @@
-"""Small tools over LibCST trees: walking, quoting, comparing, printing.
-
-LibCST's own visitors look at whitespace, commas and parentheses too; most analyses want only the code, so `walk`
-skips those and is several times faster.
-"""
+"""Small tools over LibCST trees: quoting, comparing, printing, changing; those for walking are here under the same names."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any, TypeAlias, TypeVar, cast
 
 import libcst as cst
 
+from porter.source.walking import Table, is_code
+from porter.source.walking import children as children
+from porter.source.walking import code_fields as code_fields
+from porter.source.walking import find as find
+from porter.source.walking import walk as walk
+
 Node = TypeVar("Node", bound=cst.CSTNode)
 
 _EMPTY = cst.Module([])
-_SKIPPED_FIELDS = frozenset({"lpar", "rpar", "comma", "lbracket", "rbracket", "leading_lines", "header", "footer",
-                             "trailing_whitespace", "lines_after_decorators", "semicolon", "equal", "dot"})  # fmt: skip
-_LAYOUT = (
-    cst.BaseParenthesizableWhitespace,
-    cst.Comma,
-    cst.TrailingWhitespace,
-    cst.EmptyLine,
-    cst.Newline,
-    cst.Comment,
-)
-_STATEMENTS = (
-    cst.BaseStatement,
-    cst.BaseSmallStatement,
-    cst.BaseSuite,
-    cst.AssignTarget,
-    cst.Else,
-    cst.ExceptHandler,
-    cst.Finally,
-)
-_EXPRESSIONS = (cst.BaseExpression, cst.Parameters, cst.Annotation, cst.Decorator, cst.Arg)
-"""What no statement lies below."""
-
-Key = TypeVar("Key")
-Found = TypeVar("Found")
-
-
-class _Table(dict[Key, Found]):
-    """Answers that depend on a class only, each found once. LibCST's classes have ABCMeta: asking them is dear."""
-
-    def __init__(self, answer: Callable[[Key], Found]) -> None:
-        self.answer = answer
-
-    def __missing__(self, key: Key) -> Found:
-        self[key] = found = self.answer(key)
-        return found
-
-
-def _find_code_fields(kind: Any) -> tuple[str, ...]:
-    """Names of the fields of a node class that hold code rather than layout."""
-    return tuple(
-        name
-        for name in kind.__dataclass_fields__
-        if name not in _SKIPPED_FIELDS and not name.startswith("whitespace") and not name.startswith("__")
-    )
-
-
-code_fields: Callable[[Any], tuple[str, ...]] = _Table(_find_code_fields).__getitem__
-
-
-def _find_is_code(kind: Any) -> bool:
-    """Whether values of a class are code nodes."""
-    return issubclass(kind, cst.CSTNode) and not issubclass(kind, _LAYOUT)
-
-
-_is_code: _Table[type, bool] = _Table(_find_is_code)
-_may_hold_statements: _Table[type, bool] = _Table(lambda kind: _is_code[kind] and not issubclass(kind, _EXPRESSIONS))
-
-
-def _find_reader(kind: Any) -> Callable[[Any], tuple[object, ...]] | None:
-    """A function from a node to the values of its fields that may hold nodes; None if it has no such field."""
-    names = [n for n in code_fields(kind) if kind.__dataclass_fields__[n].type is not str]
-    if not names:
-        return None
-    read = attrgetter(*names)
-    return read if len(names) > 1 else lambda node: (read(node),)
-
-
-_reader: _Table[type, Callable[[Any], tuple[object, ...]] | None] = _Table(_find_reader)
-
-
-def children(node: cst.CSTNode) -> list[cst.CSTNode]:
-    """Direct children that are code."""
-    found: list[cst.CSTNode] = []
-    read = _reader[type(node)]
-    for value in read(node) if read is not None else ():
-        kind = type(value)
-        if kind is tuple or kind is list:
-            found += [item for item in value if _is_code[type(item)]]  # type: ignore[attr-defined]
-        elif _is_code[kind]:
-            found.append(value)  # type: ignore[arg-type]
-    return found
-
-
-def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-    """`node` and everything below it that is code, in source order (preorder)."""
-    return _descend(node, _is_code)
-
-
-def _descend(node: cst.CSTNode, enters: Mapping[type, bool]) -> Iterator[Any]:
-    """`node` and what lies below it, as far as `enters` says yes to the classes on the way."""
-    stack: list[Any] = [node]
-    pop, push = stack.pop, stack.append
-    while stack:
-        top = pop()
-        yield top
-        read = _reader[type(top)]
-        if read is None:
-            continue
-        for value in reversed(read(top)):
-            kind = type(value)
-            if kind is tuple or kind is list:
-                for item in reversed(value):  # type: ignore[call-overload]
-                    if enters[type(item)]:
-                        push(item)
-            elif enters[kind]:
-                push(value)
-
-
-def _find_matches(kinds: tuple[type, ...]) -> tuple[_Table[type, bool], _Table[type, bool]]:
-    """For wanted classes: which classes are among them, and which may hold some below."""
-    enters = _may_hold_statements if all(issubclass(k, _STATEMENTS) for k in kinds) else _is_code
-    return _Table(lambda kind: issubclass(kind, kinds)), enters
-
-
-_matches: _Table[tuple[type, ...], tuple[_Table[type, bool], _Table[type, bool]]] = _Table(_find_matches)
-
-
-def find(node: cst.CSTNode, *kinds: type[Node], where: Callable[[Node], bool] | None = None) -> Iterator[Node]:
-    """Nodes of the given classes below `node`, in source order."""
-    wanted, enters = _matches[kinds]
-    for each in _descend(node, enters):
-        if wanted[type(each)] and (where is None or where(each)):
-            yield each
 
 
 def code(node: cst.CSTNode) -> str:
@@ -151,7 +29,7 @@ _VALUED = frozenset({cst.Name, cst.Integer, cst.Float, cst.Imaginary})
 _NOT_COMPARED = {cst.FormattedString: ("start", "end"), cst.IndentedBlock: ("indent",)}
 """Which quotes were chosen, and how deep a block is indented."""
 
-_compared_fields: _Table[type, tuple[str, ...]] = _Table(
+_compared_fields: Table[type, tuple[str, ...]] = Table(
     lambda kind: tuple(n for n in code_fields(kind) if n not in _NOT_COMPARED.get(kind, ()))
 )
 
@@ -181,7 +59,7 @@ def _write_normal(node: Any, write: Callable[[str], None]) -> None:
                 _write_normal(item, write)
                 write(",")
             write("]")
-        elif _is_code[held]:
+        elif is_code[held]:
             _write_normal(value, write)
         else:
             write(_plain(value))
@@ -214,7 +92,7 @@ def _equal_field(left: Any, right: Any) -> bool:
         return True
     if isinstance(left, (tuple, list)):
         return len(left) == len(right) and all(a is b or _equal(a, b) for a, b in zip(left, right, strict=True))
-    if _is_code[type(left)] or _is_code[type(right)]:
+    if is_code[type(left)] or is_code[type(right)]:
         return _equal(left, right)
     return _plain(left) == _plain(right)
 
@@ -223,7 +101,7 @@ def _find_all_fields(kind: Any) -> tuple[str, ...]:
     return tuple(n for n in kind.__dataclass_fields__ if not n.startswith("__"))
 
 
-_all_fields: _Table[type, tuple[str, ...]] = _Table(_find_all_fields)
+_all_fields: Table[type, tuple[str, ...]] = Table(_find_all_fields)
 
 
 def clone(node: Node) -> Node:
@@ -236,8 +114,8 @@ def clone(node: Node) -> Node:
         if name in code_names:
             held = type(value)
             if held is tuple or held is list:
-                value = held(clone(i) if _is_code[type(i)] else i for i in value)
-            elif _is_code[held]:
+                value = held(clone(i) if is_code[type(i)] else i for i in value)
+            elif is_code[held]:
                 value = clone(value)
         object.__setattr__(new, name, value)
     return new
@@ -373,10 +251,10 @@ def _transformed(node: Any, leave: Leave) -> object:
         value = getattr(node, name)
         held = type(value)
         if held is tuple or held is list:
-            items = [_transformed(item, leave) if _is_code[type(item)] else item for item in value]
+            items = [_transformed(item, leave) if is_code[type(item)] else item for item in value]
             if any(new is not old for new, old in zip(items, value, strict=True)):
                 changes[name] = _flattened(items)
-        elif _is_code[held]:
+        elif is_code[held]:
             new = _transformed(value, leave)
             if new is not value:
                 changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
