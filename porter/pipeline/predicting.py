@@ -54,7 +54,12 @@ def process_reads(guide: Guidance) -> list[str]:
 
 
 def _kept(branch: Branch) -> Mapping[str, cst.BaseExpression]:
-    return {n: v for n, v in branch.arguments.items() if n not in REFUSED_ARGUMENTS}
+    return {n: v for n, v in branch.arguments.items() if not _refused(n, v)}
+
+
+def _refused(name: str, value: cst.BaseExpression) -> bool:
+    """Whether an argument is one a request can't give, and nothing else fills it."""
+    return name == "return_dict" or (name in REFUSED_ARGUMENTS and same(value, cst.Name("None")))
 
 
 def predict_code(

@@ -229,6 +229,7 @@ def recorded(pipe, record, stop_after):
     steps_of, scheduler = type(pipe.scheduler), pipe.scheduler
     original_step = steps_of.step
 
+    @functools.wraps(original_step)  # pipelines look at its signature
     def step(self, *args, **kwargs):
         result = original_step(self, *args, **kwargs)
         sample = result[0] if isinstance(result, tuple) else result.prev_sample

@@ -106,7 +106,7 @@ def check_checkpoint(path: Path | str) -> tuple[str, ...]:
     except json.JSONDecodeError as error:
         raise VerifyError(f"{index}:{error.lineno}: not valid JSON") from None
     for name, value in data.items():
-        if name.startswith("_") or not isinstance(value, list) or value[0] is None:
+        if name.startswith("_") or not isinstance(value, list) or not isinstance(value[0], str):
             continue
         folder = root / name
         if not folder.is_dir():
