@@ -60,7 +60,7 @@ def components(members: Members) -> tuple[Component, ...] | Unknown:
         name = parameter.name.value
         default = code(parameter.default) if parameter.default is not None else None
         classes = tuple(_classes(parameter.annotation))
-        role = _role(name, classes)
+        role = _role(name, classes) if classes or not _builtin(parameter.annotation) else "value"
         span = Span(owner.file, mark.line) if mark else None
         found.append(Component(name, classes, role, name in optional or default == "None", default, span))
     return tuple(found)
@@ -78,6 +78,12 @@ def _classes(annotation: cst.Annotation | None) -> Sequence[str]:
         return ()
     names = [qualified(n.value) for n in find(annotation.annotation, cst.Name)]
     return [n for n in names if n is not None and not n.startswith("typing.")]
+
+
+def _builtin(annotation: cst.Annotation | None) -> bool:
+    """Whether an annotation speaks of plain values only: `tuple[int, ...] | None`."""
+    names = [n.value for n in find(annotation.annotation, cst.Name)] if annotation is not None else []
+    return bool(names) and set(names) <= {"int", "float", "bool", "str", "tuple", "list", "dict", "None"}
 
 
 def _role(name: str, classes: tuple[str, ...]) -> Role:

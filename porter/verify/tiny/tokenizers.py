@@ -69,7 +69,7 @@ def gemma(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
 
     symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581"]
     vocab = {t: i for i, t in enumerate([*symbols, *LETTERS, *LETTERS.upper()[:26], *PUNCTUATION])}
-    return GemmaTokenizer(vocab=vocab, merges=[], model_max_length=options.get("max_length", 2048))
+    return GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True, model_max_length=options.get("max_length", 2048))
 
 
 @builds("PreTrainedTokenizerFast", "LlamaTokenizerFast")
