@@ -29,7 +29,7 @@ from porter.facts.pipeline.liveness import uses
 from porter.facts.pipeline.members import self_reads
 from porter.facts.pipeline.undefined import asked_for, undefined
 from porter.model import Diagnostic, PorterError, SiteStatus, Span, Unknown
-from porter.pipeline.cleanup import bind_to_port, clean
+from porter.pipeline.cleanup import bind_to_port, clean, without_unnamed
 from porter.pipeline.fold import ABSENT, PRESENT, Knowledge
 from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
 from porter.pipeline.localise import is_self_assignment, localise
@@ -98,7 +98,8 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     known = _knowledge(library, found, parts)
     refused = {p.name: _literal(p.default) for p in mapping if p.place == "refused"}
     refused["return_dict"] = True
-    statements: list[cst.BaseStatement] = strip_docstring(body(call))
+    unnamed = call.params.star_kwarg
+    statements = without_unnamed(strip_docstring(body(call)), unnamed.name.value if unnamed is not None else None)
     bound = frozenset(p.name for p in mapping)
     state = call_state(found, statements)
     done: Done = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,7 +11,7 @@ import libcst as cst
 from porter.engine import RuleSet, load_rules, run_rules
 from porter.facts.pipeline import Members
 from porter.model import Definition, Diagnostic, SiteStatus, Unit
-from porter.source.tree import find, replace_nodes, self_attribute
+from porter.source.tree import find, replace_nodes, same, self_attribute, transform
 
 SCOPES = ("pipeline", "any")
 
@@ -54,5 +54,38 @@ def bind_to_port(members: Members, denoisers: Collection[str], values: Collectio
             owner, name = self_attribute(node.value), node.attr.value
             if (name == "dtype" and owner in denoisers) or (owner == "config" and name in values):
                 edits.append((node, cst.Attribute(cst.Name("self"), cst.Name(name))))
+        for call in find(definition.node, cst.Call):
+            if (name := _registered(call)) in values:
+                edits.append((call, cst.Attribute(cst.Name("self"), cst.Name(name or ""))))
         classes.append(definition.with_node(cast(cst.CSTNode, replace_nodes(definition.node, edits))))
     return Members(tuple(classes))
+
+
+def _registered(call: cst.Call) -> str | None:
+    """`x` of `getattr(self.config, "x", default)`."""
+    args = [a.value for a in call.args]
+    if not isinstance(call.func, cst.Name) or call.func.value != "getattr" or len(args) < 2:
+        return None
+    if self_attribute(args[0]) != "config" or not isinstance(args[1], cst.SimpleString):
+        return None
+    return str(args[1].evaluated_value)
+
+
+def without_unnamed(statements: Sequence[cst.BaseStatement], name: str | None) -> list[cst.BaseStatement]:
+    """Statements of a call that takes no arguments but named ones: `kwargs` is empty."""
+    if name is None:
+        return list(statements)
+
+    def get(original: cst.Call, updated: cst.Call) -> cst.BaseExpression:
+        func = original.func
+        if isinstance(func, cst.Attribute) and same(func.value, cst.Name(name)) and func.attr.value in ("get", "pop"):
+            return updated.args[1].value if len(updated.args) > 1 else cst.Name("None")
+        return updated
+
+    def contains(original: cst.Comparison, updated: cst.Comparison) -> cst.BaseExpression:
+        only = original.comparisons[0]
+        if isinstance(only.operator, cst.In) and same(only.comparator, cst.Name(name)):
+            return cst.Name("False")
+        return updated
+
+    return [transform(s, {cst.Call: get, cst.Comparison: contains}) for s in statements]

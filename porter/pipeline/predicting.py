@@ -201,7 +201,9 @@ def _combine(combination: Combination, scale: str, extra: Sequence[str]) -> cst.
     )
     text += "".join(f'    {n} = kwargs["{n}"]\n' for n in extra)
     holes = {scale: cst.Name("true_cfg_scale")} if scale.isidentifier() and DOT not in scale else {}
-    combine = [cst.ensure_type(substitute(s, holes), cst.BaseStatement) for s in combination.statements]
+    combine = [
+        without_refused(cst.ensure_type(substitute(s, holes), cst.BaseStatement)) for s in combination.statements
+    ]
     return _method(text, [*combine, returns(cst.Name(combination.result))])
 
 

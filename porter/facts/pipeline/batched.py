@@ -39,6 +39,13 @@ def is_batched(regions: Regions, positive: Branch) -> bool:
     return _guided(regions.guide, positive.result) is not None
 
 
+def halves_first(regions: Regions, positive: Branch) -> bool:
+    """Whether the guided statements begin by naming the halves: further calls there belong to the combination."""
+    place = _guided(regions.guide, positive.result)
+    guided = regions.guide[place] if place is not None else None
+    return isinstance(guided, cst.If) and _split(body(guided)[0], positive.result) is not None
+
+
 def batched_guidance(regions: Regions, positive: Branch, helpers: Mapping[str, cst.FunctionDef]) -> Batched | Unknown:
     """The two branches of one batched denoiser call."""
     place = _guided(regions.guide, positive.result)
@@ -61,6 +68,8 @@ def batched_guidance(regions: Regions, positive: Branch, helpers: Mapping[str, c
     two = frozenset(shared) | frozenset(loop.parts)
     if not two and _same_statements(loop.statements, regions.predict[:-1]):
         return Unknown("batched guidance, but nothing that the denoiser reads is doubled")
+    if not loop.parts and all(isinstance(v, Doubled) and v.equal for v in shared.values()):
+        return Unknown("batched guidance, but nothing that is followed differs between its branches")
     before, prepare = _separate(loop.statements, two)
     first = _first_is_negative(guided, positive.result, [*regions.encode, *regions.predict])
     if first is None:
@@ -211,7 +220,7 @@ def _combined(
 ) -> tuple[Combination, list[cst.BaseStatement]] | Unknown:
     """The combination, with later statements that still read one branch's prediction, and the statements after it."""
     inner = body(guided)
-    made = writes(inner) - {result}
+    made = writes(inner) - {result, result_of(inner)}
     count = max((i + 1 for i, s in enumerate(rest) if uses(s) & made), default=0)
     moved = []
     for each in rest[:count]:
@@ -257,4 +266,4 @@ def _unguided_process(orelse: cst.If | cst.Else, result: str) -> tuple[cst.BaseS
     return Unknown("without guidance the prediction is processed in another way")
 
 
-__all__ = ["Batched", "batched_guidance", "is_batched"]
+__all__ = ["Batched", "batched_guidance", "halves_first", "is_batched"]

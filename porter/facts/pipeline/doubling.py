@@ -104,6 +104,21 @@ def _repeats_twice(node: cst.Call) -> bool:
     return bool(counts) and counts[0] == 2 and all(c == 1 for c in counts[1:])
 
 
+def _by_row(node: cst.Call) -> bool:
+    """A call that keeps rows apart: `torch.where`, an `einsum` whose parts share a first axis, a VAE's `encode`."""
+    if isinstance(node.func, cst.Attribute) and node.func.attr.value == "encode" and self_attribute(node.func.value):
+        return True
+    if not isinstance(node.func, cst.Name) or not node.args:
+        return False
+    if node.func.value == "torch·where":
+        return True
+    text = node.args[0].value
+    if node.func.value != "torch·einsum" or not isinstance(text, cst.SimpleString):
+        return False
+    parts = str(text.evaluated_value).replace(" ", "").replace("->", ",").split(",")
+    return len({p[:1] for p in parts}) == 1
+
+
 class _Once(cst.CSTTransformer):
     def leave_Call(self, original: cst.Call, updated: cst.Call) -> cst.BaseExpression:
         parts = concatenated(updated)
@@ -226,7 +241,9 @@ class _Walk:
         if isinstance(node, cst.Name):
             return self.values.get(node.value)
         if isinstance(node, cst.Attribute):
-            return None if node.attr.value in ATTRIBUTES else self._reading(node)
+            if node.attr.value in ATTRIBUTES:
+                return None
+            return self.kind(node.value, guided) if isinstance(node.value, cst.Call) else self._reading(node)
         if isinstance(node, cst.Call):
             return self._call(node, guided)
         if isinstance(node, cst.IfExp):
@@ -276,6 +293,8 @@ class _Walk:
         if (name := self_attribute(node.func)) in self.helpers:
             parts = self._helper(self.helpers[name or ""], node, guided)
             return parts[0] if len(parts) == 1 else None
+        if same(node.func, cst.Name("len")):
+            return None
         joined = concatenated(node)
         if joined is not None:
             inner = [self.kind(p, guided) for p in joined[:2]]
@@ -283,6 +302,8 @@ class _Walk:
                 return Doubled(joined[2], same(joined[0], joined[1])) if guided else None
             if all(isinstance(k, Doubled) and k.dim != joined[2] for k in inner):
                 return self._all([k for k in inner if k is not None])
+        if _by_row(node):
+            return self._all([k for a in node.args if (k := self.kind(a.value, guided)) is not None])
         if isinstance(node.func, cst.Attribute):
             receiver = self.kind(node.func.value, guided)
             if receiver is None and guided and _repeats_twice(node):
@@ -314,9 +335,9 @@ class _Walk:
         owner = self.kind(node.value, guided)
         if owner is None:
             return None
-        if isinstance(owner, Doubled) and owner.kind != "tensor":
-            return replace(owner, kind="tensor")
         first = node.slice[0].slice
+        if isinstance(owner, Doubled) and owner.kind != "tensor":
+            return owner if isinstance(first, cst.Slice) else replace(owner, kind="tensor")
         whole = isinstance(first, cst.Slice) and first.lower is None and first.upper is None
         if isinstance(owner, Doubled) and owner.dim == 0 and whole and len(node.slice) > 1:
             return owner

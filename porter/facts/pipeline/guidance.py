@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import libcst as cst
 
-from porter.facts.pipeline.batched import batched_guidance, is_batched
+from porter.facts.pipeline.batched import batched_guidance, halves_first, is_batched
 from porter.facts.pipeline.combination import Combination, combination, result_of
 from porter.facts.pipeline.denoiser_call import Branch, Names, denoiser_call, renamed, take_process
 from porter.facts.pipeline.liveness import uses
@@ -60,15 +60,15 @@ def guidance(
     """The guidance idiom of the predict and guide regions; Unknown if it is none that splits into branches."""
     aliases = model_aliases([*regions.encode, regions.loop.node], denoisers)
     calls = [c for s in (*regions.predict, *regions.guide) for c in denoiser_calls(s, denoisers, aliases)]
-    if len(calls) > 2:
-        return Unknown(f"{len(calls)} denoiser calls in one step")
     positive = denoiser_call(regions.predict[-1], calls[0], forward_parameters)
     if isinstance(positive, Unknown):
         return positive
+    if is_batched(regions, positive) and (len(calls) == 1 or halves_first(regions, positive)):
+        return _batched(regions, positive, helpers)
+    if len(calls) > 2:
+        return Unknown(f"{len(calls)} denoiser calls in one step")
     if len(calls) == 2:
         return _two_calls(regions, positive, calls[1], forward_parameters)
-    if is_batched(regions, positive):
-        return _batched(regions, positive, helpers)
     output_slice, rest = _take_slice(list(regions.guide), positive.result)
     return Guidance(
         tuple(regions.predict[:-1]), positive, output_slice=output_slice, after=tuple(rest), process=positive.process

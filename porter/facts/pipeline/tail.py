@@ -18,6 +18,9 @@ _VALUE = frozenset({"image", "video", "latents"})
 
 _MEDIA = frozenset({"images", "frames", "video", "videos", "audio", "audios"})
 
+_NOTES = frozenset({"revised_prompts"})
+"""Fields that tell about the call and are no media: the engine's output has no place for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class PostProcess:
@@ -66,7 +69,7 @@ def tail(statements: Sequence[cst.BaseStatement]) -> Tail | Unknown:
     last = statements[-1].body[-1]
     if not isinstance(last, cst.Return) or not isinstance(last.value, cst.Call):
         return Unknown("__call__ does not return an output object")
-    given = _fields(last.value)
+    given = [(f, v) for f, v in _fields(last.value) if f not in _NOTES]
     if not given:
         return Unknown("the output object holds nothing")
     if other := [f for f, _ in given[1:] if not _MEDIA & set(f.split("_"))]:
