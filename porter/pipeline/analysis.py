@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -25,12 +25,12 @@ from porter.facts.pipeline import (
     stages,
     tail,
 )  # fmt: skip
-from porter.facts.pipeline.liveness import uses
+from porter.facts.pipeline.liveness import uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.facts.pipeline.undefined import asked_for, undefined
 from porter.model import Diagnostic, PorterError, SiteStatus, Span, Unknown
 from porter.pipeline.cleanup import bind_to_port, clean, without_unnamed
-from porter.pipeline.fold import ABSENT, PRESENT, Knowledge
+from porter.pipeline.fold import ABSENT, PRESENT, Knowledge, fold
 from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
 from porter.pipeline.localise import is_self_assignment, localise
 from porter.pipeline.model import Parameter
@@ -105,7 +105,9 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     done: Done = {}
     elsewhere = _state_read_by_helpers(found, statements, known, frozenset(state.properties), done)
     local = localise(statements, state, bound - refused.keys(), elsewhere)
-    statements = settle(local.statements, known.with_local(refused), bound)
+    opened = _until_written(local.statements, known, refused)
+    refused = {n: v for n, v in refused.items() if n not in writes(opened)}
+    statements = settle(opened, known.with_local(refused), bound)
     roots, helpers = helper_methods(found, statements, known, frozenset({"__call__"}), done)
     statements = settle(roots, known.with_local(refused), bound)  # type: ignore[arg-type]
     found_regions = regions(statements, names)
@@ -148,6 +150,18 @@ def _stages(
     if isinstance(found, Unknown):
         raise PorterError(Diagnostic(NO_LOOP, f"{name}: {reason}; {found.reason}", span))
     return found
+
+
+def _until_written(
+    statements: Sequence[cst.BaseStatement], known: Knowledge, refused: Mapping[str, object]
+) -> list[cst.BaseStatement]:
+    """Statements in which a refused parameter has its default, up to where the call itself gives it another value."""
+    out: list[cst.BaseStatement] = []
+    left = dict(refused)
+    for each in statements:
+        out += fold([each], known.with_local(left))
+        left = {n: v for n, v in left.items() if n not in writes([each])}
+    return out
 
 
 def _literal(default: str | None) -> object:

@@ -225,7 +225,7 @@ def _call_without_refused(original: cst.Call, updated: cst.Call) -> cst.Call:
     kept = [
         a
         for a in updated.args
-        if a.keyword is None or a.keyword.value not in REFUSED_ARGUMENTS - {"return_dict"} or a.star
+        if a.keyword is None or a.star or a.keyword.value == "return_dict" or not _refused(a.keyword.value, a.value)
     ]
     return updated.with_changes(args=kept) if len(kept) != len(updated.args) else updated
 

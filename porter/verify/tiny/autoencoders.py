@@ -21,6 +21,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True],
         "latents_mean": [0.1, -0.2, 0.3, -0.1], "latents_std": [1.2, 0.9, 1.1, 0.8],
     },
+    "AutoencoderKLFlux2": {
+        "block_out_channels": (8, 16), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "norm_num_groups": 4, "sample_size": 32,
+        "layers_per_block": 1,
+    },
+    "AutoencoderKLHunyuanImage": {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 32, 32),
+        "layers_per_block": 1, "spatial_compression_ratio": 4, "sample_size": 32, "scaling_factor": 0.7,
+    },
     "AutoencoderDC": {
         "in_channels": 3, "latent_channels": 4, "attention_head_dim": 8, "encoder_block_out_channels": (8, 16),
         "decoder_block_out_channels": (8, 16), "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),

@@ -7,7 +7,7 @@ from typing import Any
 
 from porter.verify.tiny import Builder, builds
 
-CLASSES = ("ClassifierFreeGuidance",)
+CLASSES = ("ClassifierFreeGuidance", "AdaptiveProjectedMixGuidance")
 
 
 def _builder(name: str) -> Builder:

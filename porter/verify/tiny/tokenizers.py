@@ -72,7 +72,7 @@ def gemma(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     return GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True, model_max_length=options.get("max_length", 2048))
 
 
-@builds("PreTrainedTokenizerFast", "LlamaTokenizerFast")
+@builds("PreTrainedTokenizerFast", "LlamaTokenizerFast", "TokenizersBackend")
 def byte_level(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     """Byte-level BPE without merges behind the general class, with a beginning-of-text token as Llama's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors  # type: ignore[import-untyped]
