@@ -172,7 +172,7 @@ class _Conversion:
         folder = self._transformer(next(iter(target.denoisers.values()))).folder
         if target.is_pipeline:
             try:
-                pipeline = port_pipeline(self.library, target.qualified, denoisers, self.rules)
+                pipeline = self._pipeline(target, denoisers)
             except PorterError as error:
                 # A transformer that converts is worth having before its pipeline does.
                 self.diagnostics += error.diagnostics
@@ -182,6 +182,15 @@ class _Conversion:
                 self.diagnostics += pipeline.diagnostics
                 return
         self.alone[target.name] = target
+
+    def _pipeline(self, target: Target, denoisers: dict[str, Denoiser]) -> PipelinePort:
+        """The port of a pipeline. Raises PorterError (PORT005 when its loop calls something that is no transformer)."""
+        pipeline = port_pipeline(self.library, target.qualified, denoisers, self.rules)
+        ported = {d.source for d in denoisers.values()}
+        if others := sorted(f"{d.component} is a {d.source}" for d in pipeline.denoisers if d.source not in ported):
+            where = self.library.span(target.qualified)
+            raise PorterError(Diagnostic("PORT005", f"{target.name}: {', '.join(others)}", where))
+        return pipeline
 
     def _transformer(self, qualified: str) -> TransformerPort:
         if qualified not in self.transformers:

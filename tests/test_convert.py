@@ -11,7 +11,7 @@ import pytest
 from porter.convert import convert, rules_digest
 from porter.emit.linemap import LineMap
 from porter.evidence import code_digest
-from porter.model import PorterError
+from porter.model import Diagnostic, PorterError
 from porter.source.library import open_library
 
 DENOISER = "CogView4Transformer2DModel"
@@ -181,3 +181,27 @@ def test_the_rules_digest_changes_with_a_rule_and_not_with_other_files(tmp_path,
     assert rules_digest() == before
     (rules / "a.yaml").write_text("rule: b\n")
     assert rules_digest() != before
+
+
+def test_a_pipeline_whose_loop_calls_a_unet_is_ported_no_further_than_its_transformer(tmp_path):
+    done = convert(["StableUnCLIPPipeline"])
+    assert "PORT005" in {d.code for d in done.diagnostics}
+    assert [(p.source, p.module) for p in done.ports] == [("diffusers.StableUnCLIPPipeline", None)]
+
+
+def test_a_denoiser_that_cannot_be_ported_does_not_keep_others_from_it(monkeypatch):
+    from porter import convert as module
+
+    port = module.port_transformer
+
+    def refusing(library, qualified, rules, policy):
+        if qualified.endswith(".FluxTransformer2DModel"):
+            raise PorterError(Diagnostic("PORT101", "no"))
+        return port(library, qualified, rules, policy)
+
+    monkeypatch.setattr(module, "port_transformer", refusing)
+    done = convert(["FluxTransformer2DModel", DENOISER])
+    assert [p.source for p in done.ports] == [f"diffusers.{DENOISER}"]
+    assert "PORT101" in {d.code for d in done.diagnostics}
+    with pytest.raises(PorterError):
+        convert(["FluxTransformer2DModel"])
