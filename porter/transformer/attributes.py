@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import libcst as cst
 
+from porter.facts.block_loops import plain_loops
 from porter.facts.module_tree import ClassModules
 from porter.facts.projections import Merge
 from porter.model import Unit
@@ -32,7 +33,12 @@ def class_attributes(unit: Unit, modules: dict[str, ClassModules], merges: list[
             "_hsdp_shard_conditions = ["
             f"lambda name, module: name.startswith({starts}) and name.rpartition('.')[2].isdigit()]"
         )
-    patterns = {a: p for a, names in blocks.items() if len(names) == 1 and (p := _pattern(unit, names[0]))}
+    root = unit.get(unit.root)
+    forward = tree.method(root.node, "forward") if root is not None else None
+    plain = plain_loops(forward) if forward is not None else set()
+    patterns = {
+        a: p for a, names in blocks.items() if a in plain and len(names) == 1 and (p := _pattern(unit, names[0]))
+    }
     if patterns:
         items = ", ".join(f'"{a}": {PATTERN}.{p}' for a, p in patterns.items())
         text.append(f"_cache_dit_adapter_config = {CACHE_CONFIG}(block_forward_patterns={{{items}}})")
