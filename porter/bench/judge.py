@@ -131,9 +131,14 @@ def compared(port: Speed | None, other: Speed | None) -> dict[str, Any] | None:
     return found | {"say": "equal within the spread" if same else "faster" if ratio < 1 else "slower"}
 
 
+def ceilings_of(data: Mapping[str, Any], row: Mapping[str, Any]) -> Mapping[str, float]:
+    """Ceilings measured in the run of a denoiser."""
+    return row.get("ceilings") or data["ceilings"]
+
+
 def floor_ms(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> float | None:
     """The least time that the measured ceilings allow: operations over the matrix rate, least bytes over copy rate."""
-    counts, ceilings = row["counts"].get(case), data["ceilings"]
+    counts, ceilings = row["counts"].get(case), ceilings_of(data, row)
     if not counts or not ceilings:
         return None
     return max(counts["tflop"] / ceilings["matmul_tflops"], counts["least_gb"] / ceilings["copy_gbs"]) * 1000

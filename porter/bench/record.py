@@ -63,24 +63,36 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several results as one: a later file adds its denoisers; of one denoiser in two files the parts are joined.
+    """Several results as one. What differs in layers, configuration or device is kept apart, under a longer name; a run
+    on one card and a run on two of the same workload are joined; otherwise the later run of a workload replaces it.
 
-    Joined sides must come from one device: raises VerifyError otherwise.
+    Every denoiser keeps the ceilings and the device of its own run.
     """
     whole = dict(results[0], denoisers={}, problems=[])
-    whole["commands"] = [r["command"] for r in results]
-    origin: dict[str, str] = {}
+    whole["commands"] = list(dict.fromkeys(r["command"] for r in results))
     for result in results:
-        device = result["device"].get("name", "cpu")
         whole["problems"] = [*whole["problems"], *result["problems"]]
-        whole["ceilings"] = whole["ceilings"] or result["ceilings"]
+        device = result["device"].get("name") or "CPU"
         for name, row in result["denoisers"].items():
-            old = whole["denoisers"].get(name)
-            if old is None:
-                whole["denoisers"][name], origin[name] = {**row, "device": device}, device
-                continue
-            if origin[name] != device:
-                raise VerifyError(f"{name} was measured on {origin[name]} and on {device}", "report them apart")
-            for part in ("sides", "counts", "agreement", "parallel"):
-                old[part] = {**old[part], **row[part]}
+            own = {**row, "ceilings": result["ceilings"], "device": device}
+            key = _key(whole["denoisers"], name, own)
+            old = whole["denoisers"].get(key)
+            whole["denoisers"][key] = own if old is None else _joined(old, own)
     return whole
+
+
+def _key(rows: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> str:
+    """The name, with layers and device where another workload has the plain name."""
+    for key in (name, f"{name}, {row['size']}", f"{name}, {row['size']}, {row['device']}"):
+        same = ("size", "config", "device")
+        if key not in rows or all(rows[key][k] == row[k] for k in same):
+            return key
+    return key
+
+
+def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    if new["sides"] and not old["sides"]:
+        old, new = new, old
+    if old["sides"] and not new["sides"]:  # one card, then two
+        return {**old, "parallel": {**old["parallel"], **new["parallel"]}}
+    return {**old, **new, "parallel": {**old["parallel"], **new["parallel"]}}

@@ -153,8 +153,21 @@ def test_a_failure_is_one_line_with_what_to_do() -> None:
     assert "\n" not in explained(VerifyError("rank1 ended with exit status -9", "its last lines:\na\nb"))
 
 
-def test_results_of_two_cards_are_not_mixed_for_one_denoiser() -> None:
-    one, other = record(), record()
+def test_results_of_two_machines_and_of_two_depths_stand_apart() -> None:
+    one, other, deep = record(), record(), record()
     other["device"] = {"name": "another card", "cuda": True}
-    with pytest.raises(VerifyError, match="measured on card and on another card"):
-        merge([one, other])
+    deep["denoisers"]["M"]["size"] = "60 layers"
+    found = merge([one, other, deep])["denoisers"]
+    assert [(k, v["device"], v["size"]) for k, v in found.items()] == [
+        ("M", "card", "2 layers"),
+        ("M, 2 layers", "another card", "2 layers"),
+        ("M, 60 layers", "card", "60 layers"),
+    ]
+
+
+def test_one_card_and_two_of_the_same_workload_are_joined() -> None:
+    one, two = record(port=timed(1.0)), record()
+    two["denoisers"]["M"]["parallel"] = {"port": {"tp": {}}}
+    for order in ([one, two], [two, one]):
+        (row,) = merge(order)["denoisers"].values()
+        assert row["sides"] and row["parallel"]

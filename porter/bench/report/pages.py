@@ -18,7 +18,7 @@ def html(data: Mapping[str, Any], generated: Path) -> str:
     """One page; charts and pictures are inside. Raises ChartsMissing without matplotlib."""
     shown = view(data, generated)
     for row in shown["denoisers"]:
-        row["charts"] = _charts(data, row)
+        row["charts"] = _charts(row)
         row["shots"] = _shots(row["pictures"])
     return _render("page.html.jinja", escape=True, **shown)
 
@@ -36,7 +36,7 @@ def _render(name: str, *, escape: bool, **values: Any) -> str:
     return environment.get_template(name).render(**values)
 
 
-def _charts(data: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def _charts(row: Mapping[str, Any]) -> dict[str, Any]:
     latency, memory, points = {}, {}, []
     for case in row["cases"]:
         raw = case["raw"]
@@ -49,7 +49,7 @@ def _charts(data: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         if case["tflop"] and case["operator_gb"]:
             intensity = 1000 * case["tflop"] / case["operator_gb"]
             points += [(s.side, LABELS[s.side], intensity, 1000 * case["tflop"] / s.median) for s in raw]
-    ceilings = data["ceilings"]
+    ceilings = row["ceilings"]
     layers = {s: [e for _, e in found] for s, found in row["growth"].get("layers", {}).items() if found}
     steps = {s: found for s, found in row["growth"].get("steps", {}).items() if found}
     return {

@@ -14,6 +14,7 @@ from porter.bench.judge import (
     Speed,
     attention_of,
     best,
+    ceilings_of,
     compared,
     floor_ms,
     parallel_verdicts,
@@ -44,7 +45,7 @@ def view(data: Mapping[str, Any], generated: Path) -> dict[str, Any]:
         "summary": [_summary(data, name, row) for name, row in data["denoisers"].items()],
         "denoisers": [_denoiser(data, name, row) for name, row in data["denoisers"].items()],
         "parallel": [_parallel(v) for v in parallel_verdicts(data) if v["mode"] not in ("one", "one-guided")],
-        "features": _features(set(data["denoisers"]), generated),
+        "features": _features({name.split(",")[0] for name in data["denoisers"]}, generated),
     }
 
 
@@ -73,6 +74,8 @@ def _denoiser(data: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dic
     return {
         "name": name,
         "size": row["size"],
+        "device": row.get("device", ""),
+        "ceilings": ceilings_of(data, row),
         "config": json.dumps(row["config"]) if row["config"] else "the constructor's defaults",
         "cases": [_case(data, row, case) for case in row["cases"]],
         "agreement": [
@@ -99,15 +102,17 @@ def _case(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> dict[st
         "least_gb": counts.get("least_gb"),
         "operator_gb": counts.get("operator_gb"),
         "floor": floor,
-        "speeds": [_speed(data, counts, floor, s) for s in found.values()],
+        "speeds": [_speed(ceilings_of(data, row), counts, floor, s) for s in found.values()],
         "raw": list(found.values()),
         "claims": _claims(found),
     }
 
 
-def _speed(data: Mapping[str, Any], counts: Mapping[str, Any], floor: float | None, found: Speed) -> dict[str, Any]:
+def _speed(
+    ceilings: Mapping[str, float], counts: Mapping[str, Any], floor: float | None, found: Speed
+) -> dict[str, Any]:
     rate = counts["tflop"] / found.busy * 1000 if counts else None
-    ceiling = data["ceilings"].get("matmul_tflops")
+    ceiling = ceilings.get("matmul_tflops")
     return {
         "side": LABELS[found.side], "ms": f"{found.median:.2f}",
         "kernel": "" if found.kernel is None else f"{found.kernel:.2f}", "bound": found.launch_bound,
