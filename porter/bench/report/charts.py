@@ -84,7 +84,7 @@ def roofline(points: Sequence[tuple[str, str, float, float]], tflops: float, gbs
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte (each operator of eager code on its own)")
     axes.set_ylabel("TFLOP/s")
-    axes.legend(fontsize=7, frameon=False, loc="lower right")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _svg(figure)
 
 

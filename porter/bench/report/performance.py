@@ -45,10 +45,11 @@ def _parallel(data: Mapping[str, Any]) -> str:
     rows = [v for v in parallel_verdicts(data) if v["stage"] == "compiled" and v.get("speedup")]
     if not rows:
         return ""
-    lines = ["", _row(("two cards", "mode", "ms", "speed-up", "apart from one card", "bound", "divided"))]
-    lines.append(_row(["---"] * 2 + ["---:"] * 4 + ["---"]))
+    lines = ["", _row(("two cards", "mode", "ms", "speed-up", "by kernels", "apart from one card", "bound", "divided"))]
+    lines.append(_row(["---"] * 2 + ["---:"] * 5 + ["---"]))
     for v in rows:
         cells = [f"`{v['denoiser']}` {v['subject']}", v["mode"], f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
+                 f"{v['kernel_speedup']:.2f}" if v.get("kernel_speedup") else "",
                  f"{v['apart']:.1e}", f"{v['bound']:.1e}", v["proof"]]  # fmt: skip
         lines.append(_row(cells))
     return "\n".join(lines) + "\n"

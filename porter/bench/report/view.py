@@ -174,6 +174,7 @@ def _parallel(v: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": v["denoiser"], "subject": v["subject"], "mode": v["mode"], "stage": v["stage"],
         "ms": f"{v['ms']:.2f}" if v.get("ms") else "", "speedup": f"{v['speedup']:.2f}" if v.get("speedup") else "",
+        "kernels": f"{v['kernel_speedup']:.2f}" if v.get("kernel_speedup") else "",
         "apart": _error(v["apart"]), "bound": _error(v["bound"]), "good": v["good"], "proof": v["proof"],
     }  # fmt: skip
 
