@@ -57,7 +57,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     model, names, unit = _specialised(run, library, name, policy)
     roles_by_class = {names[id(s)]: attention_role(s) or "self" for s in model.used}
     unit, merges = _lower(run, unit, roles_by_class)
-    unit, whole = _shard(run, unit, library)
+    unit, whole = _shard(run, unit, library, policy)
     extra = _templates(unit)
     unit = _surface(unit, policy, list(merges), model)
     unit = run.rules(unit, "tidy")
@@ -121,9 +121,9 @@ def _lower(run: _Run, unit: Unit, attention_roles: dict[str, str]) -> tuple[Unit
     return replace(unit, definitions=tuple(tidied)), merges
 
 
-def _shard(run: _Run, unit: Unit, library: Library) -> tuple[Unit, str | None]:
+def _shard(run: _Run, unit: Unit, library: Library, policy: Policy) -> tuple[Unit, str | None]:
     """The sequence-parallel plan, by the rules of phase `shard`; or why there is none."""
-    unit = replace(unit, facts={"library": library})
+    unit = replace(unit, facts={"library": library, "refused": policy.refused})
     plan = sequence_plan(unit)
     return run.rules(unit, "shard"), plan.reason if isinstance(plan, Unknown) else None
 

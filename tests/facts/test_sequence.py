@@ -158,6 +158,12 @@ def test_tokens_are_followed_through_a_dictionary_of_arguments():
     assert "self.inner is given tokens" in reason("more = {'x': x}\nreturn self.inner(**more)\n")
 
 
+def test_an_argument_that_may_come_from_an_unknown_dictionary_is_not_taken_for_its_default():
+    block = "if scale is not None:\n    x = x * math.log(x.shape[1], scale)\n" + SELF
+    found = reason(block, arguments="x, scale=None", loop="x = block(x, **more)", inputs="x, more")
+    assert "log" in found
+
+
 def test_blocks_without_attention_over_the_tokens_have_no_plan():
     assert reason("return x + self.norm(x)\n") == "no attention goes over the tokens"
 

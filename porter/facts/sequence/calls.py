@@ -99,7 +99,8 @@ def bound(
         if name in kwargs:
             env[name] = kwargs[name]
         elif name not in env:
-            env[name] = default(param.default) if param.default is not None else OTHER
+            known = param.default is not None and "**" not in kwargs
+            env[name] = default(param.default) if known and param.default is not None else OTHER
     for name, value in env.items():
         if isinstance(value, Whole) and value.kind == "boundary" and PER_TOKEN.search(name):
             per_token.add(value.name)

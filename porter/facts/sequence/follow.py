@@ -415,6 +415,8 @@ class Frame:
                 kwargs |= dict(value.items)
             elif has_tokens(value):
                 raise NotShardable("tokens are among arguments that are not known by name")
+            elif arg.star == "**" and value != NONE:
+                kwargs["**"] = OTHER
         return args, kwargs
 
     def on_list(self, node: cst.Call, owner: Many, method: str, args: list[Value], env: Env) -> Value:

@@ -211,6 +211,7 @@ class _Search:
 
     def follow(self, streams: tuple[Stream, ...], gather: Gather | None) -> _Root:
         run = _Root(self.classes, self.unit.root, set(map(id, self.region)), streams, gather)
+        run.empty = frozenset(self.unit.facts.get("refused", ()))  # type: ignore[call-overload]
         run.read_later = read_after(self.forward, self.region[0])
         run.start(self.forward, self.refused)
         return run
@@ -252,6 +253,7 @@ class _Root(Frame):
         self.region, self.gather = region, gather
         self.streams = {s.name: s for s in streams}
         self.read_later: frozenset[str] = frozenset()
+        self.empty: frozenset[str] = frozenset()
         self.left = len(region)
         self.finished = False
         self.problem: NotShardable | None = None
@@ -264,6 +266,8 @@ class _Root(Frame):
         for param in tree.parameters(forward)[1:]:
             name = param.name.value
             env[name] = NONE if name in refused else whole("source", name=name)
+            if name in self.empty:
+                env[name] = Named(())
         self.maybe_none = maybe_none(forward)
         try:
             self.block(tree.body(forward), env)
