@@ -19,7 +19,7 @@ from porter.pipeline.helpers import module_definitions
 from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
 from porter.pipeline.optional_imports import import_where_used, optional_packages
 from porter.pipeline.own_scheduler import SCHEDULER
-from porter.pipeline.parameters import is_tensor, is_text
+from porter.pipeline.parameters import is_tensor, is_text, media_keys
 from porter.pipeline.pieces import Pieces, pieces
 from porter.pipeline.process import Finish, finish
 from porter.pipeline.reads import (
@@ -206,6 +206,7 @@ def _class(
         "step_scheduler": cut.step_scheduler, "denoise": cut.denoise,
     }  # fmt: skip
     names = [p.name for p in taken]
+    keys = media_keys({p.name for p in taken if p.place == "media"}, tables)
     loop = analysis.cut.loop if isinstance(analysis.cut, Regions) else None
     (node,) = render(
         "pipeline/pipeline.py.jinja", slots, cls=cls.name, doc=_docstring(analysis), batches=batches,
@@ -227,6 +228,7 @@ def _class(
             for p in taken if p.place == "sampling" and _sampling(p, tables) is not None
         ],
         prompts=[p for p in taken if p.place == "prompt"], media=[p for p in taken if p.place == "media"],
+        pictures="image" in keys.values(), media_keys=[(name, key) for name, key in keys.items() if name != key],
         extra=[p for p in taken if p.place == "extra"],
         signature=[_parameter(arguments[p.name]) for p in taken],
         loop_inputs=cut.loop_inputs, predict_inputs=cut.predict_inputs, decode_inputs=cut.decode_inputs,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import libcst as cst
 
@@ -37,6 +37,12 @@ def _place(name: str, tables: Tables) -> Place:
     if words & tables.media_words and not words & _NOT_MEDIA:
         return "media"
     return "extra"
+
+
+def media_keys(names: Collection[str], tables: Tables) -> dict[str, str]:
+    """The engine's key of each media parameter that it has one for; `names` are the media parameters of a pipeline."""
+    chosen = {key: next((n for n in wanted if n in names), None) for key, wanted in tables.media_keys.items()}
+    return {name: key for key, name in chosen.items() if name is not None}
 
 
 def is_text(parameter: cst.Param) -> bool:

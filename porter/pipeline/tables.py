@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ class Tables:
     outputs: frozenset[str]
     refused: Mapping[str, str]
     media_words: frozenset[str]
+    media_keys: Mapping[str, Sequence[str]]
     vae: Mapping[str, str]
 
 
@@ -39,5 +40,6 @@ def load_tables(root: Path = RULES / "symbols") -> Tables:
         outputs=frozenset(request["outputs"]),
         refused=refused,
         media_words=frozenset(request["media_words"]),
+        media_keys=request["media_keys"],
         vae=vae["classes"],
     )

@@ -211,7 +211,7 @@ def overlaid(more: str = "") -> str:
 def test_a_paste_into_pictures_happens_before_post_processing(studio: Studio) -> None:
     code = printed(studio.port(overlaid()))
     paste = code.index("apply_overlay")
-    assert code.rindex('postprocess(image, output_type="pil")', 0, paste) < paste
+    assert code.rindex("postprocess(image, output_type=output_type)", 0, paste) < paste
     assert "self.image_processor.normalize(" in code[paste:]
 
 
@@ -242,3 +242,20 @@ def test_two_results_leave_together(studio: Studio) -> None:
 def test_a_middle_dot_in_a_comment_is_no_name(studio: Studio) -> None:
     comment = "                # one number per image"
     assert "# x - t\u00b7v" in printed(studio.port(PIPELINE.replace(comment, "                # x - t\u00b7v")))
+
+
+def test_the_engines_key_for_the_main_picture_reaches_it_whatever_it_is_called(studio: Studio) -> None:
+    source = PIPELINE.replace('flavour: str = "plain"', 'flavour: str = "plain", control_image=None')
+    code = printed(studio.port(source.replace("height = height or 64", "height = height or control_image.height")))
+    assert '("control_image", "image")' in code
+    assert "SupportImageInput" in code and "dummy_run_num_frames" not in code
+
+
+def test_a_call_that_needs_a_mask_as_well_is_not_warmed_up(studio: Studio) -> None:
+    source = PIPELINE.replace('flavour: str = "plain"', 'flavour: str = "plain", image=None, mask_image=None')
+    code = printed(studio.port(source.replace("height = height or 64", "height = image.height * mask_image.height")))
+    assert "dummy_run_num_frames: " in code
+
+
+def test_a_pipeline_without_pictures_says_so(studio: Studio) -> None:
+    assert "SupportImageInput" not in printed(studio.port())

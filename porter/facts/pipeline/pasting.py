@@ -34,9 +34,7 @@ def in_decoded_range(branch: cst.If, post: cst.SimpleStatementLine) -> cst.If:
     """
     assign = cst.ensure_type(post.body[0], cst.Assign)
     call, image = cst.ensure_type(assign.value, cst.Call), assign.targets[0].target
-    pil = cst.SimpleString('"pil"')
-    args = [a.with_changes(value=pil) if a.keyword and a.keyword.value == "output_type" else a for a in call.args]
-    args[0] = args[0].with_changes(value=image)
+    args = [call.args[0].with_changes(value=image), *call.args[1:]]
     before = post.with_changes(body=[assign.with_changes(value=call.with_changes(args=args))], leading_lines=[])
     holes = {"image": image, "processor": cst.ensure_type(call.func, cst.Attribute).value}
     text = "image = processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(image)))"

@@ -43,8 +43,13 @@ def _builder(name: str) -> Builder:
     @builds(name)
     def build(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
         import diffusers
+        import torch
 
-        return getattr(diffusers, name)(**{**DEFAULTS[name], **options}).eval()
+        vae = getattr(diffusers, name)(**{**DEFAULTS[name], **options}).eval()
+        for norm in (m for m in vae.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.running_mean.normal_(0.1, 0.1)  # a trained model's statistics are not 0 and 1
+            norm.running_var.uniform_(0.5, 1.5)
+        return vae
 
     return build
 
