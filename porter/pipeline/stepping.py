@@ -55,7 +55,7 @@ def step_code(
             f"do_true_cfg=False, per_request_scheduler=state.scheduler{sampler})"
         )
         return [new], [state], []
-    given = list(dict.fromkeys([noise, *extras, t, *inputs]))
+    given = [n for n in dict.fromkeys([noise, *extras, t, *inputs]) if n != SCHEDULER]
     results = [cst.Name(n) for n in carried]
     function = cst.ensure_type(
         statement(f"def step_latents(self, scheduler, {', '.join(given)}):\n    pass\n"), cst.FunctionDef

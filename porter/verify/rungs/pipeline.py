@@ -33,7 +33,9 @@ def checkpoint_of(bench: Bench, spec: PipelineSpec) -> str:
 
 def table_of(bench: Bench, spec: PipelineSpec, names: Iterable[str] | None = None) -> list[RequestCase]:
     """The request table of a pipeline; `names` are prefixes of the cases wanted."""
-    parameters = bench.baseline.call({"job": "signature", "class": spec.pipeline})["parameters"]
+    parameters = bench.baseline.call({"job": "signature", "class": spec.pipeline, "stand_ins": spec.get("stand_ins")})[
+        "parameters"
+    ]
     cases = list(request_table(spec, parameters))
     if names is not None:
         cases = [c for c in cases if c.name.startswith(tuple(names))]

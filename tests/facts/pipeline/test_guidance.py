@@ -115,6 +115,11 @@ def test_what_is_not_followed_is_not_split(old: str, new: str) -> None:
     assert isinstance(found(BATCHED.replace(old, new)), Unknown)
 
 
+def test_branches_that_differ_in_nothing_known_are_not_split() -> None:
+    text = BATCHED.replace("text = torch·cat([negative_text, text], dim=0)", "other = 1")
+    assert isinstance(found(text), Unknown)
+
+
 def test_a_concatenation_without_guidance_is_no_doubling() -> None:
     guide = known(
         BATCHED.replace("for i", "more = torch·cat([left, right])\nfor i", 1).replace("text=text", "text=text, m=more")
