@@ -38,13 +38,23 @@ def import_where_used(definition: Definition, packages: Collection[str]) -> Defi
     def name(original: cst.Name, updated: cst.Name) -> cst.Name:
         return cst.Name(updated.value.rpartition(DOT)[2]) if _needs(updated, packages) else updated
 
-    def line(original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine) -> object:
-        names = sorted({n.value for n in find(original, cst.Name) if _needs(n, packages)})
-        parts = [n.rpartition(DOT) for n in names]
-        imports = [statement(f"from {module.replace(DOT, '.')} import {last}") for module, _, last in parts]
-        return cst.FlattenSentinel([*imports, updated]) if imports else updated
+    chained = {id(n.orelse) for n in find(definition.node, cst.If) if isinstance(n.orelse, cst.If)}
 
-    return definition.with_node(transform(definition.node, {cst.Name: name, cst.SimpleStatementLine: line}))
+    def imports(node: cst.CSTNode) -> list[cst.BaseStatement]:
+        parts = [n.rpartition(DOT) for n in sorted({n.value for n in find(node, cst.Name) if _needs(n, packages)})]
+        return [statement(f"from {module.replace(DOT, '.')} import {last}") for module, _, last in parts]
+
+    def line(original: cst.SimpleStatementLine, updated: cst.SimpleStatementLine) -> object:
+        found = imports(original)
+        return cst.FlattenSentinel([*found, updated]) if found else updated
+
+    def branch(original: cst.If, updated: cst.If) -> object:
+        found = imports(original.test) if id(original) not in chained else []
+        return cst.FlattenSentinel([*found, updated]) if found else updated
+
+    return definition.with_node(
+        transform(definition.node, {cst.Name: name, cst.SimpleStatementLine: line, cst.If: branch})
+    )
 
 
 def _needs(name: cst.Name, packages: Collection[str]) -> bool:

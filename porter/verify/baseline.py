@@ -279,12 +279,18 @@ def recorded(pipe, record, stop_after):
 def _spy(original, record):
     @functools.wraps(original)
     def postprocess(*args, **kwargs):
+        if record.get("post_processing"):  # a video is post-processed picture by picture
+            return original(*args, **kwargs)
         tensor = args[0] if args else kwargs.get("video", kwargs.get("image"))
         pixels_for_a_checker = record.pop("pixels", False)  # the call before this one was not the last word
         if tensor is not None and hasattr(tensor, "detach") and (record["decoded"] is None or pixels_for_a_checker):
             record["decoded"] = tensor.detach().clone()
         record["pixels"] = kwargs.get("output_type") == "np"
-        return original(*args, **kwargs)
+        record["post_processing"] = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            record["post_processing"] = False
 
     return postprocess
 

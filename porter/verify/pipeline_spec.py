@@ -18,7 +18,7 @@ images: {image: [40, 56]}                         # random pictures: [height, wi
                                                   #   {size: [40, 56], mask: true}   white box on black
                                                   #   {size: [40, 56], frames: 5}   a video: a list of pictures
                                                   #   a list of such entries: several pictures
-tensors: {audio: [1, 2, 4000]}                    # random tensors of a shape: sound, given latents
+tensors: {audio: [1, 2, 4000]}                    # random tensors of a shape, or a list of shapes: sound, latents
 only: [plain, prompt-embeds]                      # beginnings of names: leave the other requests out
 apart: Diffusers pads prompts of a call to the longest, without a mask   # why a joint call of Diffusers is no reference
 stand_ins: {guard: [Checker]}                     # classes of packages that are not installed; they pass all through

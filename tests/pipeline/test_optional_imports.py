@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import libcst as cst
+
+from porter.model import Definition
+from porter.pipeline.optional_imports import import_where_used
 from tests.pipeline.conftest import HEAD, PIPELINE, Studio, printed
 
 GUARDED = HEAD.replace(
@@ -20,3 +24,10 @@ def test_a_guarded_import_moves_to_the_statement_that_needs_it(studio: Studio) -
 
 def test_an_ordinary_import_stays_at_the_top(studio: Studio) -> None:
     assert "            import torch" not in printed(studio.port())
+
+
+def test_a_condition_gets_its_import_ahead_of_the_branch() -> None:
+    node = cst.parse_statement("def f(x):\n    if isinstance(x, extra·Checker):\n        g(x)\n")
+    found = import_where_used(Definition("f", node, "m", "m.py"), {"extra"})
+    text = cst.Module(body=[found.node]).code  # type: ignore[list-item]
+    assert "    from extra import Checker\n    if isinstance(x, Checker):\n" in text

@@ -49,7 +49,7 @@ def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase
     call: dict[str, Any] = {"kwargs": dict(case.kwargs), "seed": case.seed, "stop_after": case.stop_after}
     call |= {"per_prompt": case.per_prompt, "apart": case.apart}
     draw = torch.Generator().manual_seed(9)
-    tensors: dict[str, Any] = {n: torch.randn(shape, generator=draw) for n, shape in sorted(case.tensors.items())}
+    tensors: dict[str, Any] = {n: _drawn(shape, draw) for n, shape in sorted(case.tensors.items())}
     for row in case.encode:
         out = bench.path("encoded")
         bench.baseline.call(
@@ -62,6 +62,15 @@ def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase
         torch.save(tensors, call["tensors"])
     call["images"] = {n: pictures_of(bench, n, entry) for n, entry in case.images.items()}
     return call
+
+
+def _drawn(shape: list[Any], generator: Any) -> Any:
+    """A random tensor of a shape, or tensors of a list of shapes."""
+    import torch
+
+    if shape and isinstance(shape[0], list):
+        return [_drawn(each, generator) for each in shape]
+    return torch.randn(shape, generator=generator)
 
 
 def pictures_of(bench: Bench, name: str, entry: Any) -> str | list[str]:
