@@ -7,7 +7,13 @@ from typing import Any
 
 from porter.verify.tiny import Builder, builds, random_model
 
-CLASSES = ("FluxControlNetModel", "QwenImageControlNetModel", "SD3ControlNetModel", "ZImageControlNetModel")
+CLASSES = (
+    "FluxControlNetModel",
+    "QwenImageControlNetModel",
+    "SD3ControlNetModel",
+    "SanaControlNetModel",
+    "ZImageControlNetModel",
+)
 SEED = 101
 
 

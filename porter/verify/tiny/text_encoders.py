@@ -186,3 +186,20 @@ def bert(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
         intermediate_size=64, num_hidden_layers=options.get("layers", 2), num_attention_heads=4, hidden_act="gelu",
     )  # fmt: skip
     return BertModel(config).eval()
+
+
+@builds("Mistral3Model")
+def mistral3(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import Mistral3Config, Mistral3Model, MistralConfig, PixtralVisionConfig
+
+    tokenizer = tokenizer_of(options, built)
+    hidden = options.get("hidden_size", HIDDEN)
+    text = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=64, head_dim=hidden // 4,
+        num_hidden_layers=options.get("layers", 2), num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    vision = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    return Mistral3Model(Mistral3Config(text_config=text, vision_config=vision, image_token_index=0)).eval()
