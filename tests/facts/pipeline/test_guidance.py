@@ -166,3 +166,27 @@ def test_two_calls_on_every_step_need_no_condition() -> None:
     guide = guidance(cut, ["net", "other"], lambda _: [], {})
     assert isinstance(guide, Guidance) and guide.negative is not None
     assert (code(guide.condition), code(guide.negative.callee)) == ("True", "self.other")  # type: ignore[arg-type]
+
+
+def test_a_further_call_inside_guidance_belongs_to_the_combination() -> None:
+    skip = "        if skip is not None:\n            s = self.net(x=latents, t=u, text=plain, skip=skip)[0]\n"
+    skip += "            p = p + k * (b - s)\n    latents = self.scheduler"
+    guide = known(BATCHED.replace("    latents = self.scheduler", skip))
+    assert guide.combination is not None and not guide.combination.textbook
+    assert {"latents", "plain", "skip", "k"} <= set(guide.combination.reads)
+
+
+def test_parts_of_a_list_of_doubled_tensors_are_such_lists() -> None:
+    lists = "    layers = [torch·cat([negative_layers[n], layers[n]], dim=0) for n in range(len(layers))]\n"
+    text = BATCHED.replace("    text = torch·cat", lists + "    text = torch·cat")
+    text = text.replace(
+        "text = text.to(device)", "text = text.to(device)\nlayers = layers[1:] + [layers[-1]] * (3 - len(layers))"
+    )
+    guide = known(text.replace("text=text", "text=text, layers=layers"))
+    assert "negative_layers = [each.chunk(2)[0] for each in layers]" in texts(guide.before_negative)
+
+
+def test_branches_that_differ_in_nothing_are_not_split() -> None:
+    assert isinstance(
+        found(BATCHED.replace("text = torch·cat([negative_text, text], dim=0)", "text = both(text)")), Unknown
+    )
