@@ -54,6 +54,7 @@ class Analysis:
     reads: dict[Linear, list[cst.BaseExpression]] = field(default_factory=dict)
     chunks: dict[Linear, frozenset[int]] = field(default_factory=dict)
     optional: dict[Linear, cst.If] = field(default_factory=dict)
+    tables: dict[int, tuple[str, frozenset[Linear], cst.BaseExpression]] = field(default_factory=dict)
 
 
 def escape(a: Analysis, value: Shape) -> None:
@@ -297,10 +298,25 @@ class Follower:
         result = pass_through(values)
         if name in _ELEMENTWISE_CALLS:
             return result
+        if name == "torch.lerp" and len(values) == 3 and as_flow(values[2]).whole:
+            return self.spoil(combine(as_flow(values[0]), as_flow(values[1])))
+        if self.turns_all_heads(node, name, values):
+            return self.spoil(as_flow(values[0]))
         if result.linears and not result.split and any(as_flow(v).whole for v in values):
             # A function of an unsplit projection and another tensor (rotary tables as wide as all heads, say).
             result = replace(result, tainted=True)
         return self.spoil(result)
+
+    def turns_all_heads(self, node: cst.Call, name: str | None, values: list[Shape]) -> bool:
+        """`apply_rotary_emb(query, tables)` on a projection that is not split into heads: the tables are as wide as all heads,
+        and each rank needs its share of them."""
+        if name is None or "rotary" not in name.rpartition(".")[2] or len(values) != 2:
+            return False
+        states, tables = as_flow(values[0]), as_flow(values[1])
+        if states.split or not states.linears or not tables.whole or tables.tainted:
+            return False
+        self.a.tables[id(node)] = (self.name, states.linears, node.args[1].value)
+        return True
 
     def note_chunks(self, args: Sequence[cst.Arg], owner: Flow) -> None:
         """`self.proj(x).chunk(n, dim=-1)`: the linear's output is n outputs side by side."""

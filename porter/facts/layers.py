@@ -13,6 +13,7 @@ from porter.facts.projections import linear_arguments
 from porter.facts.tensor_parallel import tensor_parallel
 from porter.model import Unit, Unknown
 from porter.source import tree
+from porter.source.names import absolute
 
 ENGINE_LAYERS = ("vllm.", "vllm_omni.")
 
@@ -67,6 +68,14 @@ def optional_projections(unit: Unit) -> Iterator[FactSite]:
         found = optional_projection(stmt)
         assert found is not None
         yield FactSite(stmt, owner, {"attribute": found[0], "variable": found[1]})
+
+
+@fact("wide_table", fields=["width"])
+def wide_tables(unit: Unit) -> Iterator[FactSite]:
+    """Rotary tables as wide as all heads, where they meet a projection of which a rank has a share."""
+    for owner, table in tensor_parallel(unit).roles.tables:
+        if tree.call_name(table) != absolute("porter_template.rotary_of_this_rank"):
+            yield FactSite(table, owner, {"width": "all heads"})
 
 
 @fact("projection_group", fields=["attributes", "name"])

@@ -26,7 +26,7 @@ class Roles:
     """Inferred roles. `across` holds norms (class, path) applied to all heads at once; `packed` the flows that a
     row-parallel linear reads side by side. `chunks` says how many outputs a linear computes side by side (several numbers
     when the forward has a choice), `blocks` what the model itself says about them, as text; `optional` holds statements
-    that project attention only where the projection exists."""
+    that project attention only where the projection exists, `tables` the rotary tables as wide as all heads."""
 
     column: frozenset[Linear]
     row: frozenset[Linear]
@@ -38,6 +38,7 @@ class Roles:
     chunks: Mapping[Linear, frozenset[int]] = field(default_factory=dict)
     blocks: Mapping[Linear, str] = field(default_factory=dict)
     optional: tuple[tuple[str, cst.If], ...] = ()
+    tables: tuple[tuple[str, cst.BaseExpression], ...] = ()
 
 
 def infer_roles(classes: Mapping[str, ClassModules], root: str) -> Roles:
@@ -84,16 +85,19 @@ def _merged(runs: list[Roles]) -> Roles:
     packed: dict[Linear, tuple[Flow, ...]] = {}
     chunks: dict[Linear, frozenset[int]] = {}
     optional: dict[int, tuple[str, cst.If]] = {}
+    tables: dict[int, tuple[str, cst.BaseExpression]] = {}
     for r in runs:
         reads.update(r.reads)
         packed.update(r.packed)
         optional.update({id(stmt): (owner, stmt) for owner, stmt in r.optional})
+        tables.update({id(table): (owner, table) for owner, table in r.tables})
         for linear, counts in r.chunks.items():
             chunks[linear] = chunks.get(linear, frozenset()) | counts
     return Roles(
         frozenset().union(*(r.column for r in runs)), row, frozenset().union(*(r.across for r in runs)),
         {k: v for k, v in packed.items() if k in row}, attention, reads,
         chunks=chunks, blocks=runs[0].blocks, optional=tuple(optional.values()),
+        tables=tuple(tables.values()),
     )  # fmt: skip
 
 
@@ -130,6 +134,7 @@ def _decide(a: Analysis, excluded: set[int]) -> tuple[Roles, set[int]]:
         frozenset(column), frozenset(row), frozenset(across), packed, tuple(a.sites.values()),
         {k: tuple(v) for k, v in a.reads.items()}, whole, dict(a.chunks), a.blocks,
         tuple((owner, stmt) for (owner, path), stmt in a.optional.items() if (owner, path) in row),
+        tuple((owner, table) for owner, linears, table in a.tables.values() if linears & column),
     )  # fmt: skip
     return roles, set(a.sites) - live
 

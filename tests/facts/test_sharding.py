@@ -288,3 +288,13 @@ def test_a_result_handed_to_another_class_is_whole(facts):
     net = build(*linears("up"), "self.part = Part(dim)", forward="return self.part(F.gelu(self.up(x)))")
     found = facts(part + net).roles
     assert (found.column, found.row) == (set(), set())
+
+
+def test_rotary_tables_as_wide_as_all_heads_are_remembered(facts):
+    turned = (
+        f"q = apply_rotary_emb(self.q(x), y){SPLIT.rstrip()}\nk = self.k(x){SPLIT}v = self.v(x){SPLIT}" + ATTEND + OUT
+    )
+    found = facts(build(*LAYERS, forward=turned, arguments="x, y, heads")).roles
+    assert {p for _, p in found.row} == ROW and len(found.tables) == 1
+    named = turned.replace("apply_rotary_emb", "shuffle")
+    assert attention(facts, named) == (set(), set())
