@@ -52,6 +52,9 @@ ATTENTION = "vllm_omni.diffusion.attention.layer.Attention"
 METADATA = "vllm_omni.diffusion.attention.backends.abstract.AttentionMetadata"
 MAX_DEPTH = 24
 
+_OVER_HEADS = ("porter_template.rotary_of_this_rank", "vllm.distributed.tensor_model_parallel_all_gather")
+"""Functions that take or join shares of the heads: tokens stay where they are."""
+
 
 class Frame:
     """One call of one function."""
@@ -434,7 +437,7 @@ class Frame:
     def named(self, name: str, args: list[Value], kwargs: dict[str, Value]) -> Value:
         """A function or class by its name."""
         everything = [*args, *kwargs.values()]
-        if name in ("tuple", "list") and len(args) == 1:
+        if name in ("tuple", "list", *_OVER_HEADS) and len(args) == 1:
             return args[0]
         if name == "len":
             return OTHER
