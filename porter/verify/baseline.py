@@ -326,6 +326,16 @@ def generators(job_seed, per_prompt=1):
     return [generator for generator in own for _ in range(per_prompt)]
 
 
+def pictures(files):
+    """Arguments that are pictures, from their files: one each, or a list."""
+    from PIL import Image
+
+    return {
+        name: [Image.open(p).copy() for p in paths] if isinstance(paths, list) else Image.open(paths).copy()
+        for name, paths in files.items()
+    }
+
+
 def one_call(pipe, call):
     import torch
 
@@ -333,12 +343,7 @@ def one_call(pipe, call):
     kwargs = dict(call["kwargs"])
     if call.get("tensors"):
         kwargs |= torch.load(call["tensors"], weights_only=True)
-    if call.get("images"):
-        from PIL import Image
-
-        for name, paths in call["images"].items():
-            images = [Image.open(p).copy() for p in (paths if isinstance(paths, list) else [paths])]
-            kwargs[name] = images if isinstance(paths, list) else images[0]
+    kwargs |= pictures(call.get("images", {}))
     error, output, start = None, None, time.perf_counter()
     torch.manual_seed(GLOBAL_SEED)  # some pipelines also draw without a generator
     try:
@@ -410,7 +415,8 @@ def job_generate(job):
 
     pipe = load_pipeline(job)
     with torch.no_grad():
-        result = pipe(**job["kwargs"], generator=generators(job["seed"]), output_type="pt")
+        kwargs = job["kwargs"] | pictures(job.get("images", {}))
+        result = pipe(**kwargs, generator=generators(job["seed"]), output_type="pt")
     torch.save(first_output(result), job["out"])
     return {}
 

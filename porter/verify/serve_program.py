@@ -24,6 +24,7 @@ def images_of(outputs: Any) -> list[Any]:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
+    from porter.verify.baseline import pictures
     from porter.verify.platform import bootstrap
 
     bootstrap.activate(job["generated"], (job["arch"],))
@@ -36,10 +37,11 @@ def main() -> None:
     omni = Omni(model=job["checkpoint"], dtype="float32", enforce_eager=True, **job.get("options", {}))
     ready = time.perf_counter()
     params = OmniDiffusionSamplingParams(seed=job["seed"], **job["sampling"])
-    outputs = omni.generate(job["prompt"], sampling_params_list=[params])
+    prompt = job["prompt"] | ({"multi_modal_data": pictures(job["images"])} if job["images"] else {})
+    outputs = omni.generate(prompt, sampling_params_list=[params])
     done = time.perf_counter()
-    pictures = [torch.from_numpy(np.array(i)) for i in images_of(outputs)]
-    torch.save({"images": pictures, "seconds_init": ready - start, "seconds_generate": done - ready}, job["out"])
+    generated = [torch.from_numpy(np.array(i)) for i in images_of(outputs)]
+    torch.save({"images": generated, "seconds_init": ready - start, "seconds_generate": done - ready}, job["out"])
     (omni.close if hasattr(omni, "close") else omni.shutdown)()
 
 

@@ -15,7 +15,7 @@ from porter.verify.manifest import Port
 from porter.verify.outcome import CaseResult, RungResult, rung_of, skipped
 from porter.verify.pipeline_spec import SEED, PipelineSpec
 from porter.verify.platform import bootstrap
-from porter.verify.rungs.pipeline import checkpoint_of
+from porter.verify.rungs.pipeline import checkpoint_of, pictures_of
 
 TIMEOUT = 300.0
 EIGHT_BITS = 1.01 / 255
@@ -41,10 +41,11 @@ def serve(
     sampling = {k: v for k, v in rest.items() if k in known}
     if extra := {k: v for k, v in rest.items() if k not in known}:
         sampling["extra_args"] = extra
+    images = {name: pictures_of(bench, name, entry) for name, entry in spec.get("images", {}).items()}
     out, witness = bench.path("served"), bench.path("witness", ".txt")
     job = {
         "generated": str(Path(generated).resolve()), "arch": port.arch, "checkpoint": checkpoint, "prompt": prompt,
-        "sampling": sampling, "seed": SEED, "out": out, "options": options or {},
+        "sampling": sampling, "seed": SEED, "out": out, "options": options or {}, "images": images,
     }  # fmt: skip
     program = Path(bench.path("serve", ".json"))
     program.write_text(json.dumps(job))
@@ -55,7 +56,9 @@ def serve(
         where = {"traceback": log[-3000:]}
         case = CaseResult("Omni.generate", "failed", f"{reason}: {_last_error(log)}", seconds=clock(), where=where)
         return rung_of("serve", port.source_class, [case], clock())
-    return rung_of("serve", port.source_class, [_compare(bench, spec, checkpoint, kwargs, out, witness)], clock())
+    return rung_of(
+        "serve", port.source_class, [_compare(bench, spec, checkpoint, kwargs, images, out, witness)], clock()
+    )
 
 
 def _sampling_fields() -> frozenset[str]:
@@ -94,7 +97,13 @@ def _last_error(log: str) -> str:
 
 
 def _compare(
-    bench: Bench, spec: PipelineSpec, checkpoint: str, kwargs: dict[str, Any], out: str, witness: str
+    bench: Bench,
+    spec: PipelineSpec,
+    checkpoint: str,
+    kwargs: dict[str, Any],
+    images: dict[str, Any],
+    out: str,
+    witness: str,
 ) -> CaseResult:
     import torch
 
@@ -105,7 +114,14 @@ def _compare(
     if not served["images"]:
         return CaseResult("Omni.generate", "failed", "Omni returned no image", figures)
     wanted = bench.path("wanted")
-    job = {"job": "generate", "class": spec.pipeline, "checkpoint": checkpoint, "kwargs": kwargs, "seed": SEED}
+    job: dict[str, Any] = {
+        "job": "generate",
+        "class": spec.pipeline,
+        "checkpoint": checkpoint,
+        "kwargs": kwargs,
+        "seed": SEED,
+    }
+    job["images"] = images
     try:
         bench.baseline.call(job | {"out": wanted})
     except JobError as error:
