@@ -113,12 +113,16 @@ def _loop(node: cst.BaseStatement) -> Loop | Unknown:
     assert isinstance(node, cst.For)
     iterable, index = node.iter, None
     target: cst.BaseExpression = node.target
+    if isinstance(iterable, cst.Call) and not iterable.args:
+        return Unknown("the loop runs over a call without arguments")
     if isinstance(iterable, cst.Call) and isinstance(iterable.func, cst.Name) and iterable.func.value == "enumerate":
         iterable = iterable.args[0].value
         if not isinstance(target, cst.Tuple) or len(target.elements) != 2:
             return Unknown("enumerate without an index and a timestep")
         index = next(iter(names_of(target.elements[0].value)), None)
         target = target.elements[1].value
+    if isinstance(iterable, cst.Call) and not iterable.args:
+        return Unknown("the loop runs over a call without arguments")
     if is_progress(iterable) or (isinstance(iterable, cst.Call) and _ends_with(iterable.func, "tqdm")):
         iterable = iterable.args[0].value  # type: ignore[union-attr]
     if not isinstance(target, cst.Name):
