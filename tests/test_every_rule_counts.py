@@ -19,6 +19,7 @@ from porter.source.library import open_library
 from porter.targets import find_target
 from porter.transformer.policy import load_policy
 from porter.transformer.port import TransformerPort
+from tests.robustness.trial import printed
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERATED = ROOT / "generated"
@@ -53,7 +54,7 @@ def port(name: str, rules: RuleSet, denoisers: dict[str, TransformerPort] | None
         run.add(find_target(library(), name), alone=True)
     except PorterError as error:
         return str(error)
-    made = run.finish(None)
+    made = printed(run)
     said = "\n".join(sorted(d.message for d in made.diagnostics))
     return {name: text for name, text in made.files.items() if name.endswith(".py")} | {"diagnostics": said}
 

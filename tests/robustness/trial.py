@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Literal
 
 from porter.catalogue import live_pipelines
-from porter.convert import Conversion, _Conversion
+from porter.convert import Conversion, _Conversion, _joined
 from porter.engine import load_rules
 from porter.model import Diagnostic, PorterError
 from porter.resources import CORPUS, RULES
@@ -116,7 +116,7 @@ def unchanged(name: str) -> tuple[Mapping[str, TransformerPort], Counter[str]]:
         run.add(find_target(installed(), name), alone=True)
     except PorterError as error:
         return {}, _findings(error.diagnostics)
-    return run.transformers, _findings(run.finish(None).diagnostics)
+    return run.transformers, _findings(printed(run).diagnostics)
 
 
 def converted(target: Target, source: Path) -> Conversion:
@@ -129,7 +129,12 @@ def converted(target: Target, source: Path) -> Conversion:
     if target.file.startswith("pipelines/"):
         run.transformers.update(unchanged(target.name)[0])
     run.add(find_target(library, target.name), alone=True)
-    return run.finish(None)
+    return printed(run)
+
+
+def printed(run: _Conversion) -> Conversion:
+    """The end of a conversion of one target."""
+    return _joined([run.finish(None, {0: tuple(run.diagnostics)})], run.library.version)
 
 
 def _findings(found: tuple[Diagnostic, ...]) -> Counter[str]:
