@@ -10,7 +10,10 @@ from porter.pipeline.model import Parameter, Place
 from porter.pipeline.tables import Tables
 from porter.source.tree import code
 
-_NOT_MEDIA = frozenset({"embeds", "latents", "prompt", "scale", "size", "resolution", "strength", "guidance", "kwargs"})
+_NOT_MEDIA = frozenset({
+    "embeds", "latents", "prompt", "scale", "size", "resolution", "strength", "guidance", "kwargs", "s", "seconds",
+    "duration", "rate",
+})  # fmt: skip
 
 
 def request_parameters(parameters: Iterable[cst.Param], tables: Tables) -> tuple[Parameter, ...]:

@@ -12,7 +12,9 @@ from enum import StrEnum
 from typing import Any
 
 MEDIA = frozenset({"image", "images", "video", "videos", "mask", "audio", "audios"})
-NOT_MEDIA = frozenset({"embeds", "latents", "guidance", "scale", "ids", "noise"})
+NOT_MEDIA = frozenset(
+    {"embeds", "latents", "guidance", "scale", "ids", "noise", "strength", "s", "seconds", "duration", "rate"}
+)
 MAIN_MEDIA = {"images": "image", "videos": "video", "audios": "audio"}
 
 
