@@ -22,6 +22,15 @@ def images_of(outputs: Any) -> list[Any]:
     return list(found or [])
 
 
+def sound_of(outputs: Any) -> list[Any]:
+    """Sound in what `Omni.generate` returns."""
+    for holder in (outputs[0], getattr(outputs[0], "request_output", None)):
+        found = (getattr(holder, "multimodal_output", None) or {}).get("audio")
+        if found is not None:
+            return [found]
+    return []
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     from porter.verify.baseline import pictures
@@ -40,7 +49,8 @@ def main() -> None:
     prompt = job["prompt"] | ({"multi_modal_data": pictures(job["images"])} if job["images"] else {})
     outputs = omni.generate(prompt, sampling_params_list=[params])
     done = time.perf_counter()
-    generated = [torch.from_numpy(np.array(i)) for i in images_of(outputs)]
+    found = images_of(outputs) or sound_of(outputs)
+    generated = [i.detach().cpu() if torch.is_tensor(i) else torch.from_numpy(np.array(i)) for i in found]
     torch.save({"images": generated, "seconds_init": ready - start, "seconds_generate": done - ready}, job["out"])
     (omni.close if hasattr(omni, "close") else omni.shutdown)()
 

@@ -127,9 +127,11 @@ def _compare(
     except JobError as error:
         return CaseResult("Omni.generate", "failed", f"Diffusers raises {error}", figures)
     want = torch.load(wanted, weights_only=True)
-    got = torch.stack(served["images"]).double()
-    got = got / 255 if got.max() > 1.5 else got
-    want = want.double().movedim(-3, -1).reshape(got.shape) if want.numel() == got.numel() else want
+    got = torch.stack(served["images"])
+    got = got.double() / 255 if got.dtype == torch.uint8 else got.double()
+    if want.dim() > 3:  # pictures: channels last
+        want = want.movedim(-3, -1)
+    want = want.double().reshape(got.shape) if want.numel() == got.numel() else want
     if want.shape != got.shape:
         return CaseResult("Omni.generate", "failed", f"shape {list(got.shape)}, expected {list(want.shape)}", figures)
     figures["max_abs"] = (got - want).abs().max().item()
