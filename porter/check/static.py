@@ -27,10 +27,17 @@ def _check(name: str, file: str | ast.Module) -> list[Diagnostic]:
         Diagnostic("PORT603", f"{name} still uses {used}", Span(name, node.lineno))
         for node in ast.walk(module)
         if isinstance(node, (ast.Name, ast.Attribute, ast.alias))
+        and not _of_component(node)
         and (used := getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))) in LEFTOVERS
     ]
     return found + [Diagnostic("PORT604", f"{name}: the name {n} is bound nowhere", Span(name, line))
                     for n, line in unbound(module)]  # fmt: skip
+
+
+def _of_component(node: ast.AST) -> bool:
+    """`self.scheduler.x`: what a component of the pipeline has of its own is no leftover."""
+    owner = node.value if isinstance(node, ast.Attribute) else None
+    return isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "self"
 
 
 def unbound(module: ast.Module) -> list[tuple[str, int]]:

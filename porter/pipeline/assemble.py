@@ -315,7 +315,8 @@ def _docstring(analysis: Analysis) -> str:
         value = first.body[0].value
         if isinstance(value, cst.SimpleString):
             lines = str(value.evaluated_value).strip().split("\n\n")[0].split("\n")
-            return " ".join(line.strip() for line in lines).replace('"', "'")
+            if not lines[0].startswith(("Args:", "Parameters:")):  # a list of arguments is no sentence
+                return " ".join(line.strip() for line in lines).replace('"', "'")
     return f"Port of Diffusers' {owner.name}."
 
 

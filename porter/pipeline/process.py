@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.facts.pipeline import PostProcess, Value
+from porter.facts.pipeline.liveness import uses
 from porter.facts.pipeline.sample_rate import sample_rate
 from porter.model import Diagnostic, PorterError, Unknown
 from porter.pipeline.analysis import Analysis
 from porter.pipeline.render import render
 from porter.source.library import Library
 from porter.source.names import referenced
-from porter.source.tree import code, find, self_attribute
+from porter.source.tree import code, find, same, self_attribute
 
 NO_PROCESSOR = "PORT504"
 
@@ -53,12 +54,30 @@ def finish(library: Library, analysis: Analysis, name: str) -> Finish:
         "pipeline/post_process.py.jinja", {}, name=name, cls=analysis.members.cls.name, kinds=kinds,
         processor=_processor(library, analysis, visual) if visual is not None else None,
         default_output_type=output_type, method=visual.method if visual is not None else None,
-        options="".join(f", {n}={code(v)}" for n, v in visual.options) if visual is not None else "",
+        options=_options(analysis, visual) if visual is not None else "",
         numpy=any(p is not None and p.processor is None for p in posts),
         rate=None if rate is None or isinstance(rate, Unknown) else rate,
         latent="output_type" in {a.name.value for a in analysis.arguments},
     )  # fmt: skip
     return Finish(tuple(function), sound=sound)
+
+
+def _options(analysis: Analysis, post: PostProcess) -> str:
+    """Further arguments of post-processing as text. A local of `__call__` is written out; it may read the picture only.
+
+    Raises PorterError (PORT504) for one that reads anything else: nothing of the call is known where post-processing runs.
+    """
+    found = []
+    for name, value in post.options:
+        assigned = [a.value for s in analysis.tail.statements for a in find(s, cst.Assign)
+                    if any(same(t.target, value) for t in a.targets)]  # fmt: skip
+        text = assigned[0] if len(assigned) == 1 else value
+        if uses(text) - {"image"}:
+            reads = ", ".join(sorted(uses(text)))
+            message = f"post-processing needs {name}={code(value)}, which reads {reads} of the call"
+            raise PorterError(Diagnostic(NO_PROCESSOR, message, analysis.call_span))
+        found.append(f", {name}={code(text)}")
+    return "".join(found)
 
 
 def _kind(value: Value) -> str:

@@ -52,6 +52,8 @@ def _leftovers(tree: ast.Module, path: Path) -> list[tuple[int, str]]:
     for node in ast.walk(tree):
         names: tuple[str, ...] = ()
         match node:
+            case ast.Attribute(value=ast.Attribute(value=ast.Name(id="self"))):
+                continue  # `self.scheduler.x`: what a component has of its own
             case ast.Name(id=name) | ast.Attribute(attr=name) | ast.FunctionDef(name=name) | ast.arg(arg=name):
                 names = (name,)
             case ast.ImportFrom() | ast.Import():
