@@ -183,7 +183,7 @@ def test_verifying_needs_names_or_all(capsys):
 
 
 def test_a_device_the_ladder_does_not_have_is_usage(capsys):
-    assert main(["verify", "Net", "--device", "cuda"]) == exits.USAGE
+    assert main(["verify", "Net", "--device", "tpu"]) == exits.USAGE
     assert "PORT013" in capsys.readouterr().err
 
 
@@ -193,7 +193,7 @@ def test_a_device_the_ladder_does_not_have_is_usage(capsys):
 def test_rules_are_listed_in_running_order(capsys):
     assert main(["rules", "list", "--format", "json"]) == exits.OK
     rows = json.loads(capsys.readouterr().out)
-    order = ["normalize", "lower", "optimise", "tidy"]
+    order = ["normalize", "lower", "shard", "optimise", "tidy"]
     assert [r["phase"] for r in rows] == sorted((r["phase"] for r in rows), key=order.index)
 
 

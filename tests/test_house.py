@@ -22,7 +22,8 @@ SUBJECT = "diffusers.QwenImagePipeline"
 SEEDS = 20
 
 LONG = {
-    "porter/facts/sharding.py": "one flow analysis; every case refers to the same few functions",
+    "porter/facts/follow.py": "one abstract interpreter, a method for each kind of statement and expression",
+    "porter/facts/sequence/follow.py": "one abstract interpreter, a method for each kind of statement and expression",
     "porter/specialise/interpret.py": "one interpreter, a method for each kind of statement and expression",
     "porter/verify/baseline.py": "one program, run by path: it may import nothing that porter wrote",
     "tests/verify/faults.py": "a list of wrong ports, one after another",
