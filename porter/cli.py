@@ -246,10 +246,18 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write one page that needs no network.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write it for a pull request.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the records joined into one.")] = None,
+    kept: Annotated[
+        Path | None, typer.Option("--keep", help="Write one record without pictures and folders, for a repository.")
+    ] = None,
     out: Out = Path("generated"),
 ) -> None:
     """Pages from records of porter bench. Without an option: the README's performance table, to stdout."""
-    from porter.bench.report import write
+    from porter.bench.report import keep, write
+
+    if kept is not None:
+        if len(files) != 1 or html or markdown or json_file:
+            raise typer.BadParameter("takes one FILE and no other option", param_hint="--keep")
+        raise typer.Exit(keep(files[0], kept))
 
     raise typer.Exit(write(files, html, markdown, json_file, out))
 

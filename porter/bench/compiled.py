@@ -19,13 +19,15 @@ def statistics() -> dict[str, Any]:
     """{graphs, breaks, break_reasons, recompiles, recompile_reasons} since `forget`."""
     from torch._dynamo.utils import counters, get_compilation_metrics
 
+    from porter.bench.places import without_folders
+
     breaks = counters["graph_break"]
     again = [m for m in get_compilation_metrics() if getattr(m, "recompile_reason", None)]
-    reasons = sorted({f"{m.co_name}: {str(m.recompile_reason).strip()[:200]}" for m in again})
+    reasons = sorted({f"{m.co_name}: {without_folders(str(m.recompile_reason).strip())[:200]}" for m in again})
     return {
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": sum(breaks.values()),
-        "break_reasons": [str(reason).strip().splitlines()[0][:200] for reason in list(breaks)[:4]],
+        "break_reasons": [without_folders(str(reason).strip().splitlines()[0])[:200] for reason in list(breaks)[:4]],
         "recompiles": len(again),
         "recompile_reasons": reasons[:4],
     }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from porter.bench.failures import NO_CARD, device_problem, explained, flash_problem
+from porter.bench.failures import NO_CARD, device_problem, explained, flash_problem, poisoned
 from porter.bench.inputs import write_inputs
 from porter.bench.record import Record
 from porter.bench.sides import REFERENCE, SIDES, Side, load_job
@@ -352,6 +352,8 @@ class Subject:
             found["failures"].append(message)
             self.record.problem(f"{self.name} {side.name}", message)
             self.say(f"  {side.name}: {message}")
+            if isinstance(error, JobError) and poisoned(error):
+                self.crew.workers[side.name].kill()  # the next load starts a fresh one
             return None
 
     def _job(self, side: Side) -> dict[str, Any] | None:

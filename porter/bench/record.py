@@ -64,21 +64,35 @@ def read(path: Path) -> dict[str, Any]:
 
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Several results as one. What differs in layers, configuration or device is kept apart, under a longer name; a run
-    on one card and a run on two of the same workload are joined; otherwise the later run of a workload replaces it.
+    on one card and a run on two of the same workload are joined; otherwise the later run of a workload replaces it. A
+    later run on the same device also replaces one in which no side ran, with its problems, whatever its workload was.
 
-    Every denoiser keeps the ceilings and the device of its own run.
+    Every denoiser keeps the ceilings and the device of its own run. `commands` and `machines` list what was run where.
     """
     whole = dict(results[0], denoisers={}, problems=[])
+    whole["machines"] = [
+        {k: r[k] for k in ("device", "versions", "when", "ceilings", "command") if k in r} for r in results
+    ]
     whole["commands"] = list(dict.fromkeys(r["command"] for r in results))
     for result in results:
-        whole["problems"] = [*whole["problems"], *result["problems"]]
         device = result["device"].get("name") or "CPU"
         for name, row in result["denoisers"].items():
             own = {**row, "ceilings": result["ceilings"], "device": device}
+            _drop_failed(whole, name, device)
             key = _key(whole["denoisers"], name, own)
             old = whole["denoisers"].get(key)
             whole["denoisers"][key] = own if old is None else _joined(old, own)
+        whole["problems"] = [*whole["problems"], *result["problems"]]
     return whole
+
+
+def _drop_failed(whole: dict[str, Any], name: str, device: str) -> None:
+    """Forget a run of a denoiser on one card in which nothing ran, because a later one follows."""
+    for key, row in list(whole["denoisers"].items()):
+        ran = any(side["runs"] for side in row["sides"].values())
+        if key.split(",")[0] == name and row["device"] == device and row["sides"] and not ran:
+            del whole["denoisers"][key]
+            whole["problems"] = [p for p in whole["problems"] if p["where"].split()[0] != name]
 
 
 def _key(rows: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import pytest
 from porter.bench import drive
 from porter.bench.drive import Crew, Options, bench
 from porter.bench.parallel import Pair
-from porter.bench.record import read
+from porter.bench.record import Record, read
 from porter.bench.run import run
 from porter.bench.sides import SIDES, Side
 from porter.bench.workload import Workload
@@ -154,3 +154,69 @@ def test_a_hung_rank_ends_both_after_the_time_of_a_step(tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match="no answer in"):
         pair._all(2, {"job": "run"})
     assert all(worker.process is None for worker in team.values())
+
+
+POISONED = """
+import json, os, sys
+print('{"ok": true}', flush=True)
+failed = False
+for line in sys.stdin:
+    job = json.loads(line)
+    failed = failed or job["job"] == "run"
+    answer = {"ok": True, "pid": os.getpid()}
+    if failed:
+        answer = {"ok": False, "type": sys.argv[1], "error": sys.argv[2]}
+    print(json.dumps(answer), flush=True)
+"""
+ASSERT = "CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in the documentation"
+CUBLAS = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx( handle, opa, opb )`"
+
+
+def subject_with(command: list[str], folder: Path) -> tuple[drive.Subject, Worker]:
+    """One denoiser whose only worker is `command`."""
+    worker = Worker("diffusers-eager", command, dict(os.environ), folder)
+    subject = object.__new__(drive.Subject)
+    subject.name, subject.say, subject.budget = MODEL, lambda _: None, drive.Budget(60.0, 30.0)
+    crew = object.__new__(Crew)
+    crew.workers = {worker.name: worker}
+    subject.crew = crew
+    subject.record = Record(folder / "record.json", {})
+    subject.record.denoiser(MODEL, {})
+    return subject, worker
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("AcceleratorError", ASSERT),
+        ("RuntimeError", CUBLAS),
+        ("InternalTorchDynamoError", f"AcceleratorError: {ASSERT}"),
+    ],
+)
+def test_after_an_error_inside_a_kernel_the_next_denoiser_gets_a_fresh_process(
+    tmp_path: Path, kind: str, message: str
+) -> None:
+    subject, worker = subject_with([sys.executable, "-c", POISONED, kind, message], tmp_path)
+    side = SIDES["diffusers-eager"]
+    try:
+        before = subject._call(side, {"job": "load"})
+        assert subject._call(side, {"job": "run"}) is None
+        assert subject._call(side, {"job": "release"}) is None, "what is left of this denoiser is not tried"
+        after = subject._call(side, {"job": "load"})
+        assert before is not None and after is not None and before["pid"] != after["pid"]
+        assert len(subject.record.data["problems"]) == 1
+    finally:
+        worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("OutOfMemory", "CUDA error: out of memory"), ("ValueError", "no heads")]
+)
+def test_other_errors_keep_the_process(tmp_path: Path, kind: str, message: str) -> None:
+    subject, worker = subject_with([sys.executable, "-c", POISONED, kind, message], tmp_path)
+    try:
+        subject._call(SIDES["diffusers-eager"], {"job": "load"})
+        subject._call(SIDES["diffusers-eager"], {"job": "run"})
+        assert worker.process is not None and len(subject.record.data["problems"]) == 1
+    finally:
+        worker.kill()

@@ -181,3 +181,16 @@ def test_two_cards_are_compared_by_the_rank_that_waits_least() -> None:
     found = _by_kernels([ranks(80.0, 140.0), ranks(75.0, 90.0)], [ranks(150.0)])
     assert found == {"kernel_ms": 75.0, "kernel_speedup": 2.0}
     assert _by_kernels([ranks(None, None)], [ranks(None)]) == {}
+
+
+def test_a_later_run_replaces_one_in_which_nothing_ran_and_its_problems() -> None:
+    failed, later = record(), record(**{"port-eager": timed(2.0)})
+    failed["denoisers"]["M"] |= {"config": {"layers": 9}, "sides": {"port-eager": timed() | {"runs": {}}}}
+    failed["problems"] = [
+        {"where": "M port-eager", "message": "device-side assert"},
+        {"where": "ceilings", "message": "late"},
+    ]
+    whole = merge([failed, later])
+    assert list(whole["denoisers"]) == ["M"] and whole["denoisers"]["M"]["config"] == {}
+    assert [p["where"] for p in whole["problems"]] == ["ceilings"]
+    assert list(merge([later, failed])["denoisers"]) != ["M"], "a failure after a good run is kept beside it"

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from porter.bench.report import performance, write
+from porter.bench.places import without_folders
+from porter.bench.report import keep, performance, write
 from porter.exits import OK, USAGE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def side(*medians: float, kernel: float | None = None, failures: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -59,12 +62,57 @@ def stored(tmp_path: Path) -> Path:
 def test_the_readme_table_is_printed_from_the_record(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert write([stored], None, None, None, stored.parent) == OK
     said = capsys.readouterr().out
-    (row,) = (line for line in said.splitlines() if "`Model` small" in line)
+    (row,) = (line for line in said.splitlines() if "`Model` | small | 3 of 9 | Card" in line)
     cells = [c.strip() for c in row.strip("|").split("|")]
     # 7.05 / 8.05; no hand port was timed; 2 ms is the floor at 500 TFLOP/s, 28 % of 7.05
-    assert cells == ["`Model` small", "3 of 9", "12.05 (10.00)", "8.05", "", "7.05", "0.876 ± 0.014", "", "28 %"]
-    assert "1.90" in said and "1 and 1 of 2 calls" in said
+    assert cells == [
+        "`Model`",
+        "small",
+        "3 of 9",
+        "Card <1>",
+        "12.05 (10.00)",
+        "8.05",
+        "",
+        "7.05",
+        "0.876 ± 0.014",
+        "",
+        "28 %",
+    ]
+    assert "| 2 x Card <1> | cfg | 5.0 | 1.90 |" in said and "1 and 1 of 2 calls" in said
     assert "`porter bench Model`" in said and "Card <1>" in said and "500 TFLOP/s" in said
+
+
+def test_the_readme_holds_the_table_of_the_kept_records(capsys: pytest.CaptureFixture[str]) -> None:
+    files = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert write(files, None, None, None, ROOT / "generated") == OK
+    printed = capsys.readouterr().out.strip()
+    readme = (ROOT / "README.md").read_text()
+    _, _, rest = readme.partition("<!-- porter report benchmarks/results/*.json -->")
+    block, end, _ = rest.partition("<!-- end -->")
+    assert end and block.strip() == printed
+    assert printed.count("| H200 |") > 10, "the records hold figures"
+
+
+def test_a_kept_record_has_the_same_figures_and_nothing_of_the_machine(stored: Path, tmp_path: Path) -> None:
+    data = record()
+    sides = data["denoisers"]["Model"]["sides"]
+    sides["port-compiled"]["compiled"]["small"]["recompile_reasons"] = ["x  # srv/site/torch/nn/a.py:3 in f"]
+    data["problems"] = [{"where": "Model", "message": "raised in /opt/lib/site-packages/vllm_omni/b.py: no heads"}]
+    stored.write_text(json.dumps(data))
+    out = tmp_path / "kept" / "record.json"
+    assert keep(stored, out) == OK
+    kept = json.loads(out.read_text())
+    assert "pictures" not in kept["denoisers"]["Model"]
+    assert "srv" not in out.read_text() and "/opt" not in out.read_text()
+    assert kept["problems"][0]["message"] == "raised in vllm_omni/b.py: no heads"
+    assert performance.table(kept) == performance.table(data)
+
+
+@pytest.mark.parametrize(
+    "text", ["https://example.org/torch/docs", "torch/nn/a.py", "q/k of vllm", "a ratio of torch / diffusers"]
+)
+def test_what_is_no_folder_stays(text: str) -> None:
+    assert without_folders(text) == text
 
 
 class Outside(HTMLParser):

@@ -12,6 +12,23 @@ from porter.verify.manifest import write_atomically
 from porter.verify.outcome import VerifyError
 
 
+def keep(record: Path, out: Path) -> int:
+    """Write one record without pictures and folders, as `benchmarks/results` holds it. 2 for a file that is no record."""
+    import json
+
+    from porter.bench.places import portable
+
+    try:
+        text = json.dumps(portable(read(record)), indent=1) + "\n"
+    except VerifyError as error:
+        print(f"porter report: {error}", file=sys.stderr)
+        return USAGE
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, text)
+    print(out)
+    return OK
+
+
 def write(
     files: Sequence[Path], html: Path | None, markdown: Path | None, json_file: Path | None, generated: Path
 ) -> int:

@@ -8,19 +8,21 @@ from typing import Any
 from porter.bench.judge import best, compared, floor_ms, parallel_verdicts, speeds
 
 HEAD = (
-    "workload", "layers", "Diffusers eager", "Diffusers tuned", "hand port", "generated port", "against Diffusers",
-    "against the hand port", "share of the floor",
+    "denoiser", "case", "layers", "card", "Diffusers eager", "Diffusers tuned", "hand port", "generated port",
+    "against Diffusers", "against the hand port", "share of the floor",
 )  # fmt: skip
+PARALLEL = ("denoiser", "case", "layers", "cards", "mode", "ms", "speed-up", "by kernels", "apart from one card", "bound",
+            "divided")  # fmt: skip
 
 
 def table(data: Mapping[str, Any]) -> str:
     """Markdown: one row per denoiser and case, milliseconds per forward call, then two cards and where it was measured."""
-    lines = [_row(HEAD), _row(["---"] * 2 + ["---:"] * (len(HEAD) - 2))]
+    lines = [_row(HEAD), _row(["---"] * 4 + ["---:"] * (len(HEAD) - 4))]
     for denoiser, row in data["denoisers"].items():
         for case in row["cases"]:
             cells = _cells(data, row, case)
             if cells:
-                lines.append(_row([f"`{denoiser}` {case}", row["size"].removesuffix(" layers"), *cells]))
+                lines.append(_row([*_subject(denoiser, case), _layers(row), _card(data, row), *cells]))
     text = "\n".join(lines) + "\n" if len(lines) > 2 else ""
     return text + _parallel(data) + f"\n{origin(data)}\n"
 
@@ -45,10 +47,13 @@ def _parallel(data: Mapping[str, Any]) -> str:
     rows = [v for v in parallel_verdicts(data) if v["stage"] == "compiled" and v.get("speedup")]
     if not rows:
         return ""
-    lines = ["", _row(("two cards", "mode", "ms", "speed-up", "by kernels", "apart from one card", "bound", "divided"))]
-    lines.append(_row(["---"] * 2 + ["---:"] * 5 + ["---"]))
+    lines = ["", _row(PARALLEL)]
+    lines.append(_row(["---"] * 5 + ["---:"] * 5 + ["---"]))
     for v in rows:
-        cells = [f"`{v['denoiser']}` {v['subject']}", v["mode"], f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
+        row = data["denoisers"][v["denoiser"]]
+        name, case = _subject(v["denoiser"], next(iter(row["cases"])))
+        cells = [name + (" (hand port)" if v["subject"] == "hand" else ""), case, _layers(row), f"2 x {_card(data, row)}",
+                 v["mode"], f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
                  f"{v['kernel_speedup']:.2f}" if v.get("kernel_speedup") else "",
                  f"{v['apart']:.1e}", f"{v['bound']:.1e}", v["proof"]]  # fmt: skip
         lines.append(_row(cells))
@@ -63,23 +68,37 @@ def ratio_text(found: Mapping[str, Any] | None) -> str:
     return f"{found['ratio']:.3f}{spread}{' (kernels)' if found['by'] == 'kernels' else ''}"
 
 
+def _subject(denoiser: str, case: str) -> tuple[str, str]:
+    return f"`{denoiser.split(',')[0]}`", case
+
+
+def _layers(row: Mapping[str, Any]) -> str:
+    return str(row["size"]).removesuffix(" layers")
+
+
+def _card(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    return str(row.get("device") or data["device"].get("name") or "CPU").removeprefix("NVIDIA ")
+
+
 def origin(data: Mapping[str, Any]) -> str:
-    """Where, with what and how the figures were measured, in one sentence."""
-    device, versions = data["device"], data["versions"]
-    shown = ", ".join(
-        f"{n} {versions[n]}" for n in ("torch", "diffusers", "vllm-omni", "vllm", "fa3-fwd") if n in versions
-    )
-    ceilings = data["ceilings"]
-    limits = (
-        f"; measured ceilings {ceilings['matmul_tflops']:.0f} TFLOP/s and {ceilings['copy_gbs']:.0f} GB/s" if ceilings else ""
-    )  # fmt: skip
-    commands = " and ".join(f"`{c}`" for c in data.get("commands", [data["command"]]))
-    name = device.get("name") or "CPU"
-    return (
-        f"Median milliseconds of one forward call in bfloat16, random weights. In brackets the time of the kernels, where the "
-        f"call waits for launches; such sides are compared by it. {name}, {shown}"
-        f"{limits}, {data['when']}. {commands}"
-    )
+    """What the figures are, and where, with what and how they were measured: one line for each record."""
+    lines = [
+        "Median milliseconds of one forward call in bfloat16, random weights. In brackets the time of the kernels, where the "
+        "call waits for launches; such sides are compared by it. Ratios below 1: the port is faster; ± is the spread of the "
+        "rounds.",
+        "",
+    ]
+    return "\n".join(lines + [f"- {_machine(m)}" for m in data.get("machines", [data])])
+
+
+def _machine(run: Mapping[str, Any]) -> str:
+    versions, ceilings = run["versions"], run["ceilings"]
+    shown = [f"{n} {versions[n]}" for n in ("torch", "diffusers", "vllm-omni", "vllm", "fa3-fwd") if n in versions]
+    limits = f"{ceilings['matmul_tflops']:.0f} TFLOP/s and {ceilings['copy_gbs']:.0f} GB/s measured" if ceilings else ""
+    cards = run["device"].get("devices", 1)
+    name = run["device"].get("name") or "CPU"
+    parts = [f"{cards} x {name}" if cards > 1 else name, run["when"], *shown, limits]
+    return f"{', '.join(p for p in parts if p)}: `{run['command']}`"
 
 
 def _ms(found: Any) -> str:
