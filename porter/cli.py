@@ -247,7 +247,8 @@ def report(
     markdown: Annotated[Path | None, typer.Option(help="Write it for a pull request.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the records joined into one.")] = None,
     kept: Annotated[
-        Path | None, typer.Option("--keep", help="Write one record without pictures and folders, for a repository.")
+        Path | None,
+        typer.Option("--keep", help="Write one record without folders and most pictures, for a repository."),
     ] = None,
     out: Out = Path("generated"),
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,11 +160,26 @@ def parallel_verdicts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                     part = found.get(stage)
                     if not part or "apart" not in part:
                         continue
+                    alone = modes.get("one-guided" if mode == "cfg" else "one", {}).get(stage, {})
+                    kernels = by_kernels(part.get("rounds", []), alone.get("rounds", []))
                     good = part["apart"] <= found["bound"] and found["sharded"]
-                    rows.append({"denoiser": denoiser, "subject": subject, "mode": mode, "stage": stage, **part,
+                    rows.append({"denoiser": denoiser, "subject": subject, "mode": mode, "stage": stage, **kernels, **part,
                                  "bound": found["bound"], "sharded": found["sharded"], "good": good,
                                  "proof": found["proof"]})  # fmt: skip
     return rows
+
+
+def by_kernels(
+    rounds: Sequence[Sequence[Mapping[str, Any]]], alone: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, float]:
+    """{kernel_ms, kernel_speedup}; the least over ranks and rounds, because a rank that waits for its peer spends the
+    time inside a kernel of the collective. Empty where kernels were not timed."""
+    least = [
+        min((r["kernel_ms"] for a in part for r in a if r.get("kernel_ms")), default=None) for part in (rounds, alone)
+    ]
+    if least[0] is None or least[1] is None:
+        return {}
+    return {"kernel_ms": least[0], "kernel_speedup": least[1] / least[0]}
 
 
 def passed(data: Mapping[str, Any]) -> bool:

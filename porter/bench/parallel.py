@@ -11,7 +11,7 @@ from typing import Any
 from porter.bench.drive import Budget, Crew, Options, Say, denoisers_of, head_of, need_card, shapes_of, workload_of
 from porter.bench.failures import device_problem, explained
 from porter.bench.inputs import write_inputs
-from porter.bench.judge import PARALLEL_RATIO
+from porter.bench.judge import PARALLEL_RATIO, by_kernels
 from porter.bench.record import Record
 from porter.bench.sides import REFERENCE, load_job, subject_of
 from porter.bench.workload import Workload
@@ -223,7 +223,7 @@ class Pair:
             if "rounds" in here[stage] and "rounds" in alone[stage]:
                 here[stage]["ms"], alone_ms = _median(here[stage]["rounds"]), _median(alone[stage]["rounds"])
                 here[stage]["speedup"] = alone_ms / here[stage]["ms"]
-                here[stage] |= _by_kernels(here[stage]["rounds"], alone[stage]["rounds"])
+                here[stage] |= by_kernels(here[stage]["rounds"], alone[stage]["rounds"])
         if not here["sharded"]:
             self.record.problem(f"{self.name} {subject} {mode.name}", f"nothing was divided: {here['proof']}")
 
@@ -247,17 +247,6 @@ def _median(rounds: list[list[dict[str, Any]]]) -> float:
     import statistics
 
     return max(statistics.median(s for r in rounds for s in r[rank]["samples"]) for rank in range(len(rounds[0])))
-
-
-def _by_kernels(rounds: list[list[dict[str, Any]]], alone: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """{kernel_ms, kernel_speedup}; the least over ranks and rounds, because a rank that waits for its peer spends the
-    time inside a kernel of the collective. Empty where kernels were not timed."""
-    least = [
-        min((r["kernel_ms"] for a in part for r in a if r.get("kernel_ms")), default=None) for part in (rounds, alone)
-    ]
-    if least[0] is None or least[1] is None:
-        return {}
-    return {"kernel_ms": least[0], "kernel_speedup": least[1] / least[0]}
 
 
 def _apart(got: Path, want: Path) -> float | None:

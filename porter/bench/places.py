@@ -1,4 +1,4 @@
-"""Texts and records without the machine they come from: no folders of an installation, no pictures."""
+"""Texts and records without the machine they come from: no folders of an installation, few pictures."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ def without_folders(text: str) -> str:
 
 
 def portable(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A record to be kept in a repository: every figure as it is, without folders and without the denoisers' pictures,
-    which are most of its size."""
+    """A record to be kept in a repository: every figure as it is, without folders. Of the pictures, most of its size, those
+    of the first denoiser stay as an example.
+    """
+    pictured = next((name for name, row in data["denoisers"].items() if row.get("pictures")), None)
     rows = {
-        name: {k: v for k, v in row.items() if k != "pictures"} for name, row in data["denoisers"].items()
+        name: {k: v for k, v in row.items() if k != "pictures" or name == pictured} for name, row in data["denoisers"].items()
     }  # fmt: skip
     return _plain({**data, "denoisers": rows})
 

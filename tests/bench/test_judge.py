@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from porter.bench.failures import DRIVER, FLASH, MEMORY, device_problem, explained, flash_problem
-from porter.bench.judge import compared, floor_ms, parallel_verdicts, passed, speed, verdicts
+from porter.bench.judge import by_kernels, compared, floor_ms, parallel_verdicts, passed, speed, verdicts
 from porter.bench.kernels import attention_of
-from porter.bench.parallel import _by_kernels
 from porter.bench.record import merge
 from porter.bench.rung import rung_of_denoiser
 from porter.verify.bench import JobError
@@ -178,9 +177,9 @@ def test_two_cards_are_compared_by_the_rank_that_waits_least() -> None:
     def ranks(*kernels: float | None) -> list[dict[str, Any]]:
         return [{"kernel_ms": k} for k in kernels]
 
-    found = _by_kernels([ranks(80.0, 140.0), ranks(75.0, 90.0)], [ranks(150.0)])
+    found = by_kernels([ranks(80.0, 140.0), ranks(75.0, 90.0)], [ranks(150.0)])
     assert found == {"kernel_ms": 75.0, "kernel_speedup": 2.0}
-    assert _by_kernels([ranks(None, None)], [ranks(None)]) == {}
+    assert by_kernels([ranks(None, None)], [ranks(None)]) == {}
 
 
 def test_a_later_run_replaces_one_in_which_nothing_ran_and_its_problems() -> None:

@@ -13,7 +13,7 @@ from porter.verify.outcome import VerifyError
 
 
 def keep(record: Path, out: Path) -> int:
-    """Write one record without pictures and folders, as `benchmarks/results` holds it. 2 for a file that is no record."""
+    """Write one record without folders and most pictures, as `benchmarks/results` holds it. 2 for a file that is no record."""
     import json
 
     from porter.bench.places import portable

@@ -81,24 +81,25 @@ def _card(data: Mapping[str, Any], row: Mapping[str, Any]) -> str:
 
 
 def origin(data: Mapping[str, Any]) -> str:
-    """What the figures are, and where, with what and how they were measured: one line for each record."""
+    """What the figures are, and where and with what they were measured: one line for each record."""
     lines = [
         "Median milliseconds of one forward call in bfloat16, random weights. In brackets the time of the kernels, where the "
         "call waits for launches; such sides are compared by it. Ratios below 1: the port is faster; ± is the spread of the "
-        "rounds.",
+        "rounds. The records hold the commands.",
         "",
     ]
-    return "\n".join(lines + [f"- {_machine(m)}" for m in data.get("machines", [data])])
+    return "\n".join(lines + [f"- {machine(m)}" for m in data.get("machines", [data])])
 
 
-def _machine(run: Mapping[str, Any]) -> str:
+def machine(run: Mapping[str, Any]) -> str:
+    """Cards, date, versions and measured ceilings of one record."""
     versions, ceilings = run["versions"], run["ceilings"]
     shown = [f"{n} {versions[n]}" for n in ("torch", "diffusers", "vllm-omni", "vllm", "fa3-fwd") if n in versions]
     limits = f"{ceilings['matmul_tflops']:.0f} TFLOP/s and {ceilings['copy_gbs']:.0f} GB/s measured" if ceilings else ""
     cards = run["device"].get("devices", 1)
     name = run["device"].get("name") or "CPU"
     parts = [f"{cards} x {name}" if cards > 1 else name, run["when"], *shown, limits]
-    return f"{', '.join(p for p in parts if p)}: `{run['command']}`"
+    return ", ".join(p for p in parts if p)
 
 
 def _ms(found: Any) -> str:

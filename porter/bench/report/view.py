@@ -21,7 +21,7 @@ from porter.bench.judge import (
     speeds,
     verdicts,
 )
-from porter.bench.report.performance import ratio_text
+from porter.bench.report.performance import machine, ratio_text
 from porter.bench.sides import REFERENCE, SAME_MODE, SIDES
 from porter.verify.manifest import read_manifest
 from porter.verify.outcome import VerifyError
@@ -42,7 +42,8 @@ def view(data: Mapping[str, Any], generated: Path) -> dict[str, Any]:
         "bound": ERROR_RATIO,
         "parallel_bound": PARALLEL_RATIO,
         "problems": data["problems"],
-        "summary": [_summary(data, name, row) for name, row in data["denoisers"].items()],
+        "machines": [(machine(run), run["command"]) for run in data.get("machines", [data])],
+        "summary": [_summary(data, name, row) for name, row in data["denoisers"].items() if row["sides"]],
         "denoisers": [_denoiser(data, name, row) for name, row in data["denoisers"].items()],
         "parallel": [_parallel(v) for v in parallel_verdicts(data) if v["mode"] not in ("one", "one-guided")],
         "features": _features({name.split(",")[0] for name in data["denoisers"]}, generated),
