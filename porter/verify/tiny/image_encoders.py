@@ -55,3 +55,15 @@ def qwen3_vl_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> 
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@builds("PixtralProcessor")
+def pixtral_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import PixtralImageProcessor, PixtralProcessor
+
+    tokens = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    return PixtralProcessor(
+        image_processor=PixtralImageProcessor(size={"longest_edge": 64}, patch_size=16),
+        tokenizer=build_component("PreTrainedTokenizerFast", {"specials": tokens}, built),
+        chat_template=CHAT_TEMPLATE,
+    )

@@ -188,18 +188,19 @@ def bert(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     return BertModel(config).eval()
 
 
-@builds("Mistral3Model")
+@builds("Mistral3Model", "Mistral3ForConditionalGeneration")
 def mistral3(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
-    from transformers import Mistral3Config, Mistral3Model, MistralConfig, PixtralVisionConfig
+    import transformers
 
     tokenizer = tokenizer_of(options, built)
     hidden = options.get("hidden_size", HIDDEN)
-    text = MistralConfig(
+    text = transformers.MistralConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=64, head_dim=hidden // 4,
         num_hidden_layers=options.get("layers", 2), num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=2048,
     )  # fmt: skip
-    vision = PixtralVisionConfig(
+    vision = transformers.PixtralVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
     )
-    return Mistral3Model(Mistral3Config(text_config=text, vision_config=vision, image_token_index=0)).eval()
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=0)
+    return getattr(transformers, options.get("class", "Mistral3Model"))(config).eval()

@@ -16,6 +16,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "latent_channels": 4, "block_out_channels": (8, 8, 8), "layers_per_block": 1, "spatial_compression_ratio": 4,
         "temporal_compression_ratio": 4, "downsample_match_channel": False, "upsample_match_channel": False,
     },
+    "AutoencoderKLHunyuanImageRefiner": {
+        "latent_channels": 4, "block_out_channels": (32, 32, 32), "layers_per_block": 1, "spatial_compression_ratio": 4,
+        "temporal_compression_ratio": 4, "scaling_factor": 0.7,
+    },
     "AutoencoderKLLTXVideo": {
         "latent_channels": 8, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
         "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1), "patch_size": 1,

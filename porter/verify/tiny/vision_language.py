@@ -62,6 +62,7 @@ def llava(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     config = LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=options.get("image_token_id", len(tokenizer) - 1),
         image_seq_length=(edge // 16) ** 2, vision_feature_layer=-2, projector_hidden_act="gelu",
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return LlavaForConditionalGeneration(config).eval()
 
