@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 
+from porter.facts.pipeline.first_picture import first_pictures
 from porter.facts.pipeline.liveness import uses
 from porter.facts.pipeline.pasting import in_decoded_range, pastes_crop
 from porter.model import Unknown
@@ -78,6 +79,7 @@ def tail(statements: Sequence[cst.BaseStatement]) -> Tail | Unknown:
     rest = [_plain_returns(s, output) for s in statements[:-1]]
     values = []
     for field, value in given:
+        rest = first_pictures(rest, value)
         found = _take_post_process(rest, value)
         if isinstance(found, Unknown):
             return found
