@@ -49,8 +49,9 @@ def _tokenizer(built: Mapping[str, Any]) -> Any:
 def qwen3_vl_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
+    pixels = {"min_pixels": 64 * 64, "max_pixels": options.get("max_pixels", 64 * 64 * 4)}
     return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(patch_size=16),
+        image_processor=Qwen2VLImageProcessor(patch_size=16, **pixels),
         tokenizer=_tokenizer(built),
         video_processor=Qwen3VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
