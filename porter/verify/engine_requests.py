@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-MEDIA = frozenset({"image", "images", "video", "videos", "mask", "audio", "audios"})
+MEDIA = frozenset({"image", "images", "video", "videos", "mask", "audio", "audios", "controls"})
 NOT_MEDIA = frozenset(
     {"embeds", "latents", "guidance", "scale", "ids", "noise", "strength", "s", "seconds", "duration", "rate"}
 )

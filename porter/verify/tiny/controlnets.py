@@ -8,6 +8,7 @@ from typing import Any
 from porter.verify.tiny import Builder, builds, random_model
 
 CLASSES = (
+    "CosmosControlNetModel",
     "FluxControlNetModel",
     "QwenImageControlNetModel",
     "SD3ControlNetModel",
