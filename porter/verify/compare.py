@@ -30,8 +30,9 @@ def difference(got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
     if squeezed(tuple(got.shape)) != squeezed(tuple(want.shape)):
         return {"rel_l2": float("inf"), "shape": list(got.shape), "expected_shape": list(want.shape)}
     a, b = got.detach().double().reshape(want.shape), want.detach().double()
-    if not torch.isfinite(a).all():
-        return {"rel_l2": float("inf"), "not_finite": int((~torch.isfinite(a)).sum())}
+    for values, key in ((a, "not_finite"), (b, "reference_not_finite")):
+        if not torch.isfinite(values).all():  # NaN is not greater than any bound
+            return {"rel_l2": float("inf"), key: int((~torch.isfinite(values)).sum())}
     scale = b.norm().item()
     return {
         "rel_l2": (a - b).norm().item() / (scale if scale > 0 else 1.0),
