@@ -131,8 +131,10 @@ def tensor_of(output: Any) -> torch.Tensor | None:
         value = output.media.video.tensor
     if isinstance(value, dict):
         value = next(iter(value.values()))
-    while isinstance(value, (tuple, list)) and value:
-        value = torch.cat(list(value)) if all(torch.is_tensor(v) for v in value) else value[0]
+    if isinstance(value, tuple):  # several values: sound beside a video is looked at by `others_of`
+        value = value[0]
+    while isinstance(value, list) and value:
+        value = torch.cat(value) if all(torch.is_tensor(v) for v in value) else value[0]
     return value if torch.is_tensor(value) else None
 
 
