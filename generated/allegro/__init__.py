@@ -3,7 +3,9 @@
 """Ports of the allegro family."""
 
 from .allegro_transformer import AllegroTransformer3DModel
+from .pipeline_allegro import AllegroPipeline
 
 __all__ = [
+    "AllegroPipeline",
     "AllegroTransformer3DModel",
 ]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.AllegroTransformer3DModel (models/transformers/transformer_allegro.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.AllegroTransformer3DModel (models/transformers/transformer_allegro.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -29,11 +31,87 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
+
+
+@torch._dynamo.allow_in_graph
 class AllegroSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AllegroAttnProcessor2_0`."""
 
@@ -82,6 +160,7 @@ class AllegroSelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -146,7 +225,7 @@ class AllegroSelfAttention(nn.Module):
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query.transpose(1, 2), attention_mask, "hidden_states"),
         ).transpose(1, 2)
 
         hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, self.heads * head_dim)
@@ -163,6 +242,7 @@ class AllegroSelfAttention(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class AllegroCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AllegroAttnProcessor2_0`."""
 
@@ -222,6 +302,7 @@ class AllegroCrossAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -471,6 +552,7 @@ class AllegroFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class AllegroTransformerBlock(nn.Module):
     r"""
     Transformer block used in [Allegro](https://github.com/rhymes-ai/Allegro) model.
@@ -664,6 +746,14 @@ class AllegroTransformer3DModel(nn.Module):
         interpolation_scale_t (`float`, defaults to `2.2`):
             Scaling factor to apply in 3D positional embeddings across time dimension.
     """
+    _sp_plan = {
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -769,6 +859,7 @@ class AllegroTransformer3DModel(nn.Module):
 
         # 5. Caption projection
         self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=self.inner_dim)
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -858,6 +949,9 @@ class AllegroTransformer3DModel(nn.Module):
 
         encoder_hidden_states = self.caption_projection(encoder_hidden_states)
         encoder_hidden_states = encoder_hidden_states.view(batch_size, -1, encoder_hidden_states.shape[-1])
+        if attention_mask is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
+            raise NotImplementedError("`attention_mask` can not be divided between the ranks of sequence parallelism")
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         # 3. Transformer blocks
         for i, block in enumerate(self.transformer_blocks):

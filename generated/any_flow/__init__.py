@@ -3,7 +3,9 @@
 """Ports of the any_flow family."""
 
 from .any_flow_transformer import AnyFlowTransformer3DModel
+from .pipeline_any_flow import AnyFlowPipeline
 
 __all__ = [
+    "AnyFlowPipeline",
     "AnyFlowTransformer3DModel",
 ]

@@ -3,7 +3,10 @@
 """Ports of the aura_flow family."""
 
 from .aura_flow_transformer import AuraFlowTransformer2DModel
+from .pipeline_aura_flow import AuraFlowPipeline, get_aura_flow_post_process_func
 
 __all__ = [
+    "AuraFlowPipeline",
     "AuraFlowTransformer2DModel",
+    "get_aura_flow_post_process_func",
 ]

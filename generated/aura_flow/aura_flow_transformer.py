@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.AuraFlowTransformer2DModel (models/transformers/auraflow_transformer_2d.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.AuraFlowTransformer2DModel (models/transformers/auraflow_transformer_2d.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from cache_dit import ForwardPattern
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import AdaLayerNormZero, FP32LayerNorm
+from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -24,9 +25,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
 
 
 # Taken from the original aura flow inference code.
@@ -34,6 +40,45 @@ def find_multiple(n: int, k: int) -> int:
     if n % k == 0:
         return n
     return n + k - (n % k)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 # Aura Flow patch embed doesn't use convs for projections.
@@ -91,6 +136,36 @@ class AuraFlowPatchEmbed(nn.Module):
         return latent + self.pos_embed[:, selected_indices]
 
 
+class AuraFlowAdaLayerNormZero(nn.Module):
+    """`AdaLayerNormZero` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            6 * embedding_dim,
+            gather_output=True,
+            bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = FP32LayerNorm(embedding_dim, elementwise_affine=False, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+@torch._dynamo.allow_in_graph
 class AuraFlowJointAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AuraFlowAttnProcessor2_0`."""
 
@@ -206,7 +281,12 @@ class AuraFlowJointAttention(nn.Module):
         value = value.transpose(1, 2)
 
         # Attention.
-        hidden_states = self.attn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+        hidden_states = self.attn(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_metadata=sequence_metadata(query.transpose(1, 2), None, "encoder_hidden_states", "hidden_states"),
+        ).transpose(1, 2)
         hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, self.heads * head_dim)
         hidden_states = hidden_states.to(query.dtype)
 
@@ -266,6 +346,7 @@ class AuraFlowFeedForward(nn.Module):
         return x
 
 
+@torch._dynamo.allow_in_graph
 class AuraFlowJointTransformerBlock(nn.Module):
     r"""
     Transformer block for Aura Flow. Similar to SD3 MMDiT. Differences (non-exhaustive):
@@ -284,8 +365,8 @@ class AuraFlowJointTransformerBlock(nn.Module):
     def __init__(self, dim, attention_head_dim, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
 
-        self.norm1 = AdaLayerNormZero(dim, bias=False, norm_type="fp32_layer_norm")
-        self.norm1_context = AdaLayerNormZero(dim, bias=False, norm_type="fp32_layer_norm")
+        self.norm1 = AuraFlowAdaLayerNormZero(dim, quant_config=quant_config, prefix=f"{prefix}.norm1")
+        self.norm1_context = AuraFlowAdaLayerNormZero(dim, quant_config=quant_config, prefix=f"{prefix}.norm1_context")
         self.attn = AuraFlowJointAttention(
             query_dim=dim,
             added_kv_proj_dim=dim,
@@ -335,6 +416,7 @@ class AuraFlowJointTransformerBlock(nn.Module):
         return encoder_hidden_states, hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class AuraFlowSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AuraFlowAttnProcessor2_0`."""
 
@@ -416,7 +498,12 @@ class AuraFlowSelfAttention(nn.Module):
         value = value.transpose(1, 2)
 
         # Attention.
-        hidden_states = self.attn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+        hidden_states = self.attn(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_metadata=sequence_metadata(query.transpose(1, 2), None, "encoder_hidden_states", "hidden_states"),
+        ).transpose(1, 2)
         hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, self.heads * head_dim)
         hidden_states = hidden_states.to(query.dtype)
 
@@ -426,13 +513,14 @@ class AuraFlowSelfAttention(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class AuraFlowSingleTransformerBlock(nn.Module):
     """Similar to `AuraFlowJointTransformerBlock` with a single DiT instead of an MMDiT."""
 
     def __init__(self, dim, attention_head_dim, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
 
-        self.norm1 = AdaLayerNormZero(dim, bias=False, norm_type="fp32_layer_norm")
+        self.norm1 = AuraFlowAdaLayerNormZero(dim, quant_config=quant_config, prefix=f"{prefix}.norm1")
         self.attn = AuraFlowSelfAttention(
             query_dim=dim, dim_head=attention_head_dim, out_dim=dim, quant_config=quant_config, prefix=f"{prefix}.attn"
         )
@@ -524,6 +612,19 @@ class AuraFlowTransformer2DModel(nn.Module):
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
     }
+    _sp_plan = {
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -605,6 +706,8 @@ class AuraFlowTransformer2DModel(nn.Module):
         # https://huggingface.co/papers/2309.16588
         # prevents artifacts in the attention maps
         self.register_tokens = nn.Parameter(torch.randn(1, 8, self.inner_dim) * 0.02)
+        self.shard_encoder_hidden_states = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -652,6 +755,8 @@ class AuraFlowTransformer2DModel(nn.Module):
         encoder_hidden_states = torch.cat(
             [register_tokens.repeat(encoder_hidden_states.size(0), 1, 1), encoder_hidden_states], dim=1
         )
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         # MMDiT blocks.
         for index_block, block in enumerate(self.joint_transformer_blocks):

@@ -3,7 +3,10 @@
 """Ports of the bria family."""
 
 from .bria_transformer import BriaTransformer2DModel
+from .pipeline_bria import BriaPipeline, get_bria_post_process_func
 
 __all__ = [
+    "BriaPipeline",
     "BriaTransformer2DModel",
+    "get_bria_post_process_func",
 ]

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.BriaFiboTransformer2DModel (models/transformers/transformer_bria_fibo.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.BriaFiboTransformer2DModel (models/transformers/transformer_bria_fibo.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cache_dit import ForwardPattern
 from diffusers.models.embeddings import (
     TimestepEmbedding,
     apply_rotary_emb,
@@ -19,7 +19,7 @@ from diffusers.models.embeddings import (
     get_timestep_embedding,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle, RMSNorm
+from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
@@ -30,9 +30,40 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.platforms import current_omni_platform
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
 
 
 class PackedRowParallelLinear(RowParallelLinear):
@@ -122,6 +153,35 @@ class BriaFiboTimestepProjEmbeddings(nn.Module):
         return timesteps_emb
 
 
+class BriaFiboAdaLayerNormZero(nn.Module):
+    """`AdaLayerNormZero` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            6 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
 # Based on https://github.com/huggingface/diffusers/blob/55d49d4379007740af20629bb61aba9546c6b053/src/diffusers/models/transformers/transformer_flux.py
 class BriaFiboJointAttention(nn.Module):
     def __init__(
@@ -194,6 +254,8 @@ class BriaFiboJointAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -304,6 +366,7 @@ class BriaFiboFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 # Based on from diffusers.models.transformers.transformer_flux.FluxTransformerBlock
 class BriaFiboTransformerBlock(nn.Module):
     def __init__(
@@ -316,8 +379,8 @@ class BriaFiboTransformerBlock(nn.Module):
     ):
         super().__init__()
 
-        self.norm1 = AdaLayerNormZero(dim)
-        self.norm1_context = AdaLayerNormZero(dim)
+        self.norm1 = BriaFiboAdaLayerNormZero(dim, quant_config=quant_config, prefix=f"{prefix}.norm1")
+        self.norm1_context = BriaFiboAdaLayerNormZero(dim, quant_config=quant_config, prefix=f"{prefix}.norm1_context")
 
         self.attn = BriaFiboJointAttention(
             query_dim=dim,
@@ -390,7 +453,37 @@ class BriaFiboTransformerBlock(nn.Module):
         return encoder_hidden_states, hidden_states
 
 
-class BriaFiboCrossAttention(nn.Module):
+class BriaFiboAdaLayerNormZeroSingle(nn.Module):
+    """`AdaLayerNormZeroSingle` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            3 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa
+
+
+@torch._dynamo.allow_in_graph
+class BriaFiboSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `BriaAttnProcessor`."""
 
     def __init__(
@@ -434,7 +527,8 @@ class BriaFiboCrossAttention(nn.Module):
             head_size=dim_head,
             softmax_scale=dim_head**-0.5,
             causal=False,
-            role="cross",
+            role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -481,6 +575,7 @@ class BriaFiboCrossAttention(nn.Module):
             return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class BriaFiboSingleTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -493,7 +588,7 @@ class BriaFiboSingleTransformerBlock(nn.Module):
         super().__init__()
         self.mlp_hidden_dim = int(dim * mlp_ratio)
 
-        self.norm = AdaLayerNormZeroSingle(dim)
+        self.norm = BriaFiboAdaLayerNormZeroSingle(dim, quant_config=quant_config, prefix=f"{prefix}.norm")
         self.proj_mlp = ColumnParallelLinear(
             dim,
             self.mlp_hidden_dim,
@@ -513,7 +608,7 @@ class BriaFiboSingleTransformerBlock(nn.Module):
             prefix=f"{prefix}.proj_out",
         )
 
-        self.attn = BriaFiboCrossAttention(
+        self.attn = BriaFiboSelfAttention(
             query_dim=dim, dim_head=attention_head_dim, out_dim=dim, quant_config=quant_config, prefix=f"{prefix}.attn"
         )
 
@@ -576,12 +671,6 @@ class BriaFiboTransformer2DModel(nn.Module):
             name.startswith(("transformer_blocks.", "single_transformer_blocks.")) and name.rpartition(".")[2].isdigit()
         )
     ]
-    _cache_dit_adapter_config = CacheDiTAdapterConfig(
-        block_forward_patterns={
-            "transformer_blocks": ForwardPattern.Pattern_1,
-            "single_transformer_blocks": ForwardPattern.Pattern_3,
-        }
-    )
     stacked_params_mapping = [
         (".to_qkv", ".to_q", "q"),
         (".to_qkv", ".to_k", "k"),

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ChromaTransformer2DModel (models/transformers/transformer_chroma.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.ChromaTransformer2DModel (models/transformers/transformer_chroma.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cache_dit import ForwardPattern
 from diffusers.models.embeddings import (
     FluxPosEmbed,
     PixArtAlphaTextProjection,
@@ -31,11 +32,46 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather, sp_shard_with_padding
+from vllm_omni.diffusion.forward_context import get_forward_context, get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 logger = init_logger(__name__)  # pylint: disable=invalid-name
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
 
 
 class PackedRowParallelLinear(RowParallelLinear):
@@ -61,6 +97,52 @@ class PackedRowParallelLinear(RowParallelLinear):
 
     def weight_loader_v2(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         super().weight_loader_v2(param, self._by_rank(loaded_weight))
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
+
+
+def shard_streams(tensor: torch.Tensor, dim: int, lengths: tuple[int, ...]) -> torch.Tensor:
+    """This rank's tokens of every stream that `tensor` holds one after the other along `dim`."""
+    if get_forward_context().omni_diffusion_config.parallel_config.sequence_parallel_size == 1:
+        return tensor
+    return torch.cat([sp_shard_with_padding(part, dim)[0] for part in tensor.split(lengths, dim=dim)], dim=dim)
 
 
 class ChromaCombinedTimestepTextProjEmbeddings(nn.Module):
@@ -209,6 +291,7 @@ class ChromaFluxJointAttention(nn.Module):
             softmax_scale=self.head_dim**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -251,7 +334,7 @@ class ChromaFluxJointAttention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "encoder_hidden_states", "hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -320,6 +403,7 @@ class ChromaFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class ChromaTransformerBlock(nn.Module):
     def __init__(
         self, dim: int, attention_head_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -460,6 +544,7 @@ class ChromaFluxSelfAttention(nn.Module):
             softmax_scale=self.head_dim**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -487,7 +572,7 @@ class ChromaFluxSelfAttention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "encoder_hidden_states", "hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -495,6 +580,7 @@ class ChromaFluxSelfAttention(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class ChromaSingleTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -625,12 +711,6 @@ class ChromaTransformer2DModel(nn.Module):
             name.startswith(("transformer_blocks.", "single_transformer_blocks.")) and name.rpartition(".")[2].isdigit()
         )
     ]
-    _cache_dit_adapter_config = CacheDiTAdapterConfig(
-        block_forward_patterns={
-            "transformer_blocks": ForwardPattern.Pattern_1,
-            "single_transformer_blocks": ForwardPattern.Pattern_3,
-        }
-    )
     stacked_params_mapping = [
         (".to_qkv", ".to_q", "q"),
         (".to_qkv", ".to_k", "k"),
@@ -642,6 +722,19 @@ class ChromaTransformer2DModel(nn.Module):
     packed_modules_mapping = {
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
+    }
+    _sp_plan = {
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
     }
 
     def __init__(
@@ -724,6 +817,8 @@ class ChromaTransformer2DModel(nn.Module):
 
         self.norm_out = ChromaAdaLayerNormContinuousPruned(self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels, bias=True)
+        self.shard_encoder_hidden_states = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -802,6 +897,12 @@ class ChromaTransformer2DModel(nn.Module):
 
         ids = torch.cat((txt_ids, img_ids), dim=0)
         image_rotary_emb = self.pos_embed(ids)
+        image_rotary_emb = tuple(
+            shard_streams(table, -2, (encoder_hidden_states.shape[1], hidden_states.shape[1]))
+            for table in image_rotary_emb
+        )
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         for index_block, block in enumerate(self.transformer_blocks):
             img_offset = 3 * len(self.single_transformer_blocks)

@@ -3,7 +3,9 @@
 """Ports of the chrono_edit family."""
 
 from .chrono_edit_transformer import ChronoEditTransformer3DModel
+from .pipeline_chrono_edit import ChronoEditPipeline
 
 __all__ = [
+    "ChronoEditPipeline",
     "ChronoEditTransformer3DModel",
 ]

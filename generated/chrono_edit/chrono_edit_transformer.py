@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ChronoEditTransformer3DModel (models/transformers/transformer_chronoedit.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.ChronoEditTransformer3DModel (models/transformers/transformer_chronoedit.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -34,10 +35,15 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
 
 
 class TensorParallelRMSNorm(nn.Module):
@@ -62,6 +68,45 @@ class TensorParallelRMSNorm(nn.Module):
         eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
         states = states * torch.rsqrt(squares / self.dim + eps)
         return (states * self.weight.float()).type_as(hidden_states)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class ChronoEditRotaryPosEmbed(nn.Module):
@@ -356,7 +401,7 @@ class WanSelfAttention(nn.Module):
         query = apply_rotary_emb(query, *rotary_emb)
         key = apply_rotary_emb(key, *rotary_emb)
 
-        hidden_states = self.attn(query, key, value)
+        hidden_states = self.attn(query, key, value, attn_metadata=sequence_metadata(query, None, "hidden_states"))
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.type_as(query)
 
@@ -533,6 +578,7 @@ class ChronoEditFeedForwardGeluApproximate(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 # Copied from diffusers.models.transformers.transformer_wan.WanTransformerBlock
 class WanTransformerBlock(nn.Module):
     def __init__(
@@ -682,6 +728,22 @@ class ChronoEditTransformer3DModel(nn.Module):
         "add_kv_proj": ["add_k_proj", "add_v_proj"],
     }
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _sp_plan = {
+        "shard_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
+        },
+        "shard_temb": {0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True, auto_pad=True)},
+        "shard_timestep_proj": {
+            0: SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True, auto_pad=True)
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -775,6 +837,10 @@ class ChronoEditTransformer3DModel(nn.Module):
         self.norm_out = FP32LayerNorm(inner_dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(inner_dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, inner_dim) / inner_dim**0.5)
+        self.shard_rotary_emb = nn.Identity()
+        self.shard_temb = nn.Identity()
+        self.shard_timestep_proj = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
         # Sensitive modules stay in float32, whatever the model's dtype.
         for name, param in self.named_parameters():
             if any(part in self._keep_in_fp32_modules for part in name.split(".")):
@@ -847,6 +913,10 @@ class ChronoEditTransformer3DModel(nn.Module):
 
         if encoder_hidden_states_image is not None:
             encoder_hidden_states = torch.concat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
+        rotary_emb = self.shard_rotary_emb(rotary_emb)
+        temb = self.shard_temb(temb)
+        timestep_proj = self.shard_timestep_proj(timestep_proj)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         # 4. Transformer blocks
         for block in self.blocks:

@@ -3,7 +3,15 @@
 """Ports of the cog_video_x family."""
 
 from .cog_video_x_transformer import CogVideoXTransformer3DModel
+from .pipeline_cog_video_x import CogVideoXPipeline
+from .pipeline_cog_video_x_fun_control import CogVideoXFunControlPipeline
+from .pipeline_cog_video_x_image_to_video import CogVideoXImageToVideoPipeline
+from .pipeline_cog_video_x_video_to_video import CogVideoXVideoToVideoPipeline
 
 __all__ = [
+    "CogVideoXFunControlPipeline",
+    "CogVideoXImageToVideoPipeline",
+    "CogVideoXPipeline",
     "CogVideoXTransformer3DModel",
+    "CogVideoXVideoToVideoPipeline",
 ]

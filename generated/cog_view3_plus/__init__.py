@@ -3,7 +3,10 @@
 """Ports of the cog_view3_plus family."""
 
 from .cog_view3_plus_transformer import CogView3PlusTransformer2DModel
+from .pipeline_cog_view3_plus import CogView3PlusPipeline, get_cog_view3_plus_post_process_func
 
 __all__ = [
+    "CogView3PlusPipeline",
     "CogView3PlusTransformer2DModel",
+    "get_cog_view3_plus_post_process_func",
 ]

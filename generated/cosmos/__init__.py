@@ -3,7 +3,20 @@
 """Ports of the cosmos family."""
 
 from .cosmos_transformer import CosmosTransformer3DModel
+from .pipeline_cosmos2_5_predict_base import Cosmos2_5_PredictBasePipeline
+from .pipeline_cosmos2_5_transfer import Cosmos2_5_TransferPipeline
+from .pipeline_cosmos2_text_to_image import Cosmos2TextToImagePipeline, get_cosmos2_text_to_image_post_process_func
+from .pipeline_cosmos2_video_to_world import Cosmos2VideoToWorldPipeline
+from .pipeline_cosmos_text_to_world import CosmosTextToWorldPipeline
+from .pipeline_cosmos_video_to_world import CosmosVideoToWorldPipeline
 
 __all__ = [
+    "Cosmos2TextToImagePipeline",
+    "Cosmos2VideoToWorldPipeline",
+    "Cosmos2_5_PredictBasePipeline",
+    "Cosmos2_5_TransferPipeline",
+    "CosmosTextToWorldPipeline",
     "CosmosTransformer3DModel",
+    "CosmosVideoToWorldPipeline",
+    "get_cosmos2_text_to_image_post_process_func",
 ]

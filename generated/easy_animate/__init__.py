@@ -3,7 +3,9 @@
 """Ports of the easy_animate family."""
 
 from .easy_animate_transformer import EasyAnimateTransformer3DModel
+from .pipeline_easy_animate import EasyAnimatePipeline
 
 __all__ = [
+    "EasyAnimatePipeline",
     "EasyAnimateTransformer3DModel",
 ]

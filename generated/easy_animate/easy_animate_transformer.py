@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.EasyAnimateTransformer3DModel (models/transformers/transformer_easyanimate.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.EasyAnimateTransformer3DModel (models/transformers/transformer_easyanimate.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rota
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNorm, FP32LayerNorm, RMSNorm
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 from vllm.distributed.utils import divide
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -28,9 +29,53 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class EasyAnimateRotaryPosEmbed(nn.Module):
@@ -76,11 +121,21 @@ class EasyAnimateLayerNormZero(nn.Module):
         elementwise_affine: bool = True,
         eps: float = 1e-5,
         bias: bool = True,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
     ) -> None:
         super().__init__()
 
         self.silu = nn.SiLU()
-        self.linear = nn.Linear(conditioning_dim, 6 * embedding_dim, bias=bias)
+        self.linear = ColumnParallelLinear(
+            conditioning_dim,
+            6 * embedding_dim,
+            gather_output=True,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
 
         self.norm = FP32LayerNorm(embedding_dim, elementwise_affine=elementwise_affine, eps=eps)
 
@@ -93,6 +148,7 @@ class EasyAnimateLayerNormZero(nn.Module):
         return hidden_states, encoder_hidden_states, gate, enc_gate
 
 
+@torch._dynamo.allow_in_graph
 class EasyAnimateAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `EasyAnimateAttnProcessor2_0`."""
 
@@ -226,7 +282,12 @@ class EasyAnimateAttention(nn.Module):
             )
 
         # 5. Attention
-        hidden_states = self.attn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+        hidden_states = self.attn(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_metadata=sequence_metadata(query.transpose(1, 2), None, "encoder_hidden_states", "hidden_states"),
+        ).transpose(1, 2)
         hidden_states = hidden_states.transpose(1, 2).flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
 
@@ -240,6 +301,8 @@ class EasyAnimateAttention(nn.Module):
 
         if getattr(self, "to_add_out", None) is not None:
             encoder_hidden_states = self.to_add_out(encoder_hidden_states)
+        else:
+            encoder_hidden_states = tensor_model_parallel_all_gather(encoder_hidden_states)
 
         return hidden_states, encoder_hidden_states
 
@@ -416,6 +479,7 @@ class EasyAnimateFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class EasyAnimateTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -435,7 +499,15 @@ class EasyAnimateTransformerBlock(nn.Module):
         super().__init__()
 
         # Attention Part
-        self.norm1 = EasyAnimateLayerNormZero(time_embed_dim, dim, norm_elementwise_affine, norm_eps, bias=True)
+        self.norm1 = EasyAnimateLayerNormZero(
+            time_embed_dim,
+            dim,
+            norm_elementwise_affine,
+            norm_eps,
+            bias=True,
+            quant_config=quant_config,
+            prefix=f"{prefix}.norm1",
+        )
 
         self.attn1 = EasyAnimateAttention(
             query_dim=dim,
@@ -448,7 +520,15 @@ class EasyAnimateTransformerBlock(nn.Module):
         )
 
         # FFN Part
-        self.norm2 = EasyAnimateLayerNormZero(time_embed_dim, dim, norm_elementwise_affine, norm_eps, bias=True)
+        self.norm2 = EasyAnimateLayerNormZero(
+            time_embed_dim,
+            dim,
+            norm_elementwise_affine,
+            norm_eps,
+            bias=True,
+            quant_config=quant_config,
+            prefix=f"{prefix}.norm2",
+        )
         self.ff = EasyAnimateFeedForward(
             dim, dropout=dropout, activation_fn=activation_fn, quant_config=quant_config, prefix=f"{prefix}.ff"
         )
@@ -574,6 +654,23 @@ class EasyAnimateTransformer3DModel(nn.Module):
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
     }
+    _sp_plan = {
+        "shard_image_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -695,6 +792,9 @@ class EasyAnimateTransformer3DModel(nn.Module):
             chunk_dim=1,
         )
         self.proj_out = nn.Linear(inner_dim, patch_size * patch_size * out_channels)
+        self.shard_image_rotary_emb = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
+        self.shard_encoder_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -762,6 +862,9 @@ class EasyAnimateTransformer3DModel(nn.Module):
         if encoder_hidden_states_t5 is not None:
             encoder_hidden_states_t5 = self.text_proj_t5(encoder_hidden_states_t5)
             encoder_hidden_states = torch.cat([encoder_hidden_states, encoder_hidden_states_t5], dim=1).contiguous()
+        image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
+        hidden_states = self.shard_hidden_states(hidden_states)
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
 
         # 4. Transformer blocks
         for block in self.transformer_blocks:

@@ -3,7 +3,10 @@
 """Ports of the ernie_image family."""
 
 from .ernie_image_transformer import ErnieImageTransformer2DModel
+from .pipeline_ernie_image import ErnieImagePipeline, get_ernie_image_post_process_func
 
 __all__ = [
+    "ErnieImagePipeline",
     "ErnieImageTransformer2DModel",
+    "get_ernie_image_post_process_func",
 ]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ErnieImageTransformer2DModel (models/transformers/transformer_ernie_image.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.ErnieImageTransformer2DModel (models/transformers/transformer_ernie_image.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Tuple
 
@@ -24,8 +25,16 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 
 @dataclass
@@ -43,6 +52,73 @@ def rope(pos: torch.Tensor, dim: int, theta: int) -> torch.Tensor:
     with torch.autocast(device_type=pos.device.type, enabled=False):
         out = torch.einsum("...n,d->...nd", pos, omega)
     return out.float()
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class ErnieImagePatchEmbedDynamic(nn.Module):
@@ -127,6 +203,7 @@ class ErnieImageAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -170,12 +247,7 @@ class ErnieImageAttention(nn.Module):
             attention_mask = attention_mask[:, None, None, :]
 
         # Compute joint attention
-        hidden_states = self.attn(
-            query,
-            key,
-            value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
-        )
+        hidden_states = self.attn(query, key, value, attn_metadata=sequence_metadata(query, attention_mask, "x"))
 
         # Reshape back
         hidden_states = hidden_states.flatten(2, 3)
@@ -293,6 +365,19 @@ class ErnieImageTransformer2DModel(nn.Module):
     _hsdp_shard_conditions = [lambda name, module: name.startswith(("layers.",)) and name.rpartition(".")[2].isdigit()]
     stacked_params_mapping = [(".to_qkv", ".to_q", "q"), (".to_qkv", ".to_k", "k"), (".to_qkv", ".to_v", "v")]
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"]}
+    _sp_plan = {
+        "shard_gate_mlp": {0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True)},
+        "shard_gate_msa": {0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True)},
+        "shard_rotary_pos_emb": {0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True)},
+        "shard_scale_mlp": {0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True)},
+        "shard_scale_msa": {0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True)},
+        "shard_shift_mlp": {0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True)},
+        "shard_shift_msa": {0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True)},
+        "shard_x": {
+            0: SequenceParallelInput(split_dim=0, expected_dims=3, split_output=True, auto_pad=True, shard_group="x")
+        },
+        "gather_x": SequenceParallelOutput(gather_dim=0, expected_dims=3, shard_group="x"),
+    }
 
     def __init__(
         self,
@@ -364,6 +449,15 @@ class ErnieImageTransformer2DModel(nn.Module):
         self.final_linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         torch.nn.init.zeros_(self.final_linear.weight)
         torch.nn.init.zeros_(self.final_linear.bias)
+        self.shard_gate_mlp = nn.Identity()
+        self.shard_gate_msa = nn.Identity()
+        self.shard_rotary_pos_emb = nn.Identity()
+        self.shard_scale_mlp = nn.Identity()
+        self.shard_scale_msa = nn.Identity()
+        self.shard_shift_mlp = nn.Identity()
+        self.shard_shift_msa = nn.Identity()
+        self.shard_x = nn.Identity()
+        self.gather_x = nn.Identity()
 
     def forward(
         self,
@@ -449,9 +543,18 @@ class ErnieImageTransformer2DModel(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = [
             t.unsqueeze(0).expand(S, -1, -1).contiguous() for t in self.adaLN_modulation(c).chunk(6, dim=-1)
         ]
+        gate_mlp = self.shard_gate_mlp(gate_mlp)
+        gate_msa = self.shard_gate_msa(gate_msa)
+        rotary_pos_emb = self.shard_rotary_pos_emb(rotary_pos_emb)
+        scale_mlp = self.shard_scale_mlp(scale_mlp)
+        scale_msa = self.shard_scale_msa(scale_msa)
+        shift_mlp = self.shard_shift_mlp(shift_mlp)
+        shift_msa = self.shard_shift_msa(shift_msa)
+        x = self.shard_x(x)
         for layer in self.layers:
             temb = [shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp]
             x = layer(x, rotary_pos_emb, temb, attention_mask)
+        x = self.gather_x(x)
         x = self.final_norm(x, c).type_as(x)
         patches = self.final_linear(x)[:N_img].transpose(0, 1).contiguous()
         output = (

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.FluxPipeline (pipelines/flux/pipeline_flux.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.FluxPipeline (pipelines/flux/pipeline_flux.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         component_class.from_pretrained,
         od_config.model,
         subfolder=name,
-        prefetch_list=[key for key, value in model_index.items() if isinstance(value, list) and value[0]],
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
         local_files_only=os.path.isdir(od_config.model),
         revision=od_config.revision,
         **kwargs,
@@ -513,9 +515,11 @@ class FluxPipeline(
     def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
         for name, reason in self._refused_arguments.items():
-            if fields.get(name) is not None or sampling.extra_args.get(name) is not None:
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
         arguments = {
             "num_images_per_prompt": sampling.num_outputs_per_prompt,
             "true_cfg_scale": sampling.true_cfg_scale,
@@ -528,16 +532,21 @@ class FluxPipeline(
             "output_type": sampling.output_type,
             "max_sequence_length": sampling.max_sequence_length,
             "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
-            "prompt": fields.get("prompt"),
-            "prompt_2": fields.get("prompt_2"),
-            "negative_prompt": fields.get("negative_prompt"),
-            "negative_prompt_2": fields.get("negative_prompt_2"),
-            "prompt_embeds": fields.get("prompt_embeds"),
-            "pooled_prompt_embeds": fields.get("pooled_prompt_embeds"),
-            "negative_prompt_embeds": fields.get("negative_prompt_embeds"),
-            "negative_pooled_prompt_embeds": fields.get("negative_pooled_prompt_embeds"),
         }
-        return {name: value for name, value in arguments.items() if value is not None}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "prompt_2",
+            "negative_prompt",
+            "negative_prompt_2",
+            "prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        return arguments
 
     def prepare_generation(
         self,
@@ -672,6 +681,8 @@ class FluxPipeline(
         else:
             guidance = None
 
+        joint_attention_kwargs = {}
+
         # 6. Denoising loop
         # We set the index here to remove DtoH sync, helpful especially during compilation.
         # Check out more details here: https://github.com/huggingface/diffusers/pull/11696
@@ -685,6 +696,7 @@ class FluxPipeline(
                 "prompt_embeds": prompt_embeds,
                 "text_ids": text_ids,
                 "latent_image_ids": latent_image_ids,
+                "joint_attention_kwargs": joint_attention_kwargs,
                 "do_true_cfg": do_true_cfg,
                 "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
                 "negative_prompt_embeds": negative_prompt_embeds,
@@ -707,6 +719,7 @@ class FluxPipeline(
         prompt_embeds,
         text_ids,
         latent_image_ids,
+        joint_attention_kwargs,
         do_true_cfg,
         negative_pooled_prompt_embeds,
         negative_prompt_embeds,
@@ -724,6 +737,7 @@ class FluxPipeline(
             "encoder_hidden_states": prompt_embeds,
             "txt_ids": text_ids,
             "img_ids": latent_image_ids,
+            "joint_attention_kwargs": joint_attention_kwargs,
         }
         negative_kwargs = positive_kwargs | {
             "pooled_projections": negative_pooled_prompt_embeds,
@@ -743,6 +757,7 @@ class FluxPipeline(
         prompt_embeds,
         text_ids,
         latent_image_ids,
+        joint_attention_kwargs,
         do_true_cfg,
         negative_pooled_prompt_embeds,
         negative_prompt_embeds,
@@ -760,6 +775,7 @@ class FluxPipeline(
                     prompt_embeds=prompt_embeds,
                     text_ids=text_ids,
                     latent_image_ids=latent_image_ids,
+                    joint_attention_kwargs=joint_attention_kwargs,
                     do_true_cfg=do_true_cfg,
                     negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
                     negative_prompt_embeds=negative_prompt_embeds,
@@ -815,11 +831,15 @@ class FluxPipeline(
         merged: dict[str, Any] = {}
         for name, value in first.items():
             values = [arguments[name] for arguments in requests]
-            if name in self._text_arguments and all(isinstance(v, str) for v in values):
+            if all(v is None for v in values):
+                merged[name] = None
+            elif name in self._text_arguments and all(isinstance(v, str) for v in values):
                 merged[name] = values
             elif name == "generator" and all(isinstance(v, torch.Generator) for v in values):
                 merged[name] = values
-            elif name in self._tensor_arguments and all(v.shape == value.shape and v.shape[0] == 1 for v in values):
+            elif name in self._tensor_arguments and all(
+                isinstance(v, torch.Tensor) and v.shape == value.shape and v.shape[0] == 1 for v in values
+            ):
                 merged[name] = torch.cat(values)
             elif name not in ("generator", *self._text_arguments, *self._tensor_arguments) and all(
                 not isinstance(v, torch.Tensor) and np.array_equal(v, value) for v in values
@@ -855,6 +875,7 @@ class FluxPipeline(
                     prompt_embeds=inputs["prompt_embeds"],
                     text_ids=inputs["text_ids"],
                     latent_image_ids=inputs["latent_image_ids"],
+                    joint_attention_kwargs=inputs["joint_attention_kwargs"],
                     do_true_cfg=inputs["do_true_cfg"],
                     negative_pooled_prompt_embeds=inputs["negative_pooled_prompt_embeds"],
                     negative_prompt_embeds=inputs["negative_prompt_embeds"],

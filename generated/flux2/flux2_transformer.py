@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Flux2Transformer2DModel (models/transformers/transformer_flux2.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.Flux2Transformer2DModel (models/transformers/transformer_flux2.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,15 +20,23 @@ from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
-from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather, sp_shard_with_padding
+from vllm_omni.diffusion.forward_context import get_forward_context, get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 
 @dataclass
@@ -178,6 +187,105 @@ def _blend_single_block_mods(
             )
         )
     return torch.cat(blended, dim=-1)
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+class PackedRowParallelLinear(RowParallelLinear):
+    """Row-parallel linear over several tensors side by side, each of them sharded on its own.
+
+    A rank's input is its shard of every tensor in turn, so the columns of the weight are put into that order before they
+    are sliced.
+    """
+
+    def __init__(self, input_sizes: list[int], output_size: int, **kwargs):
+        self.input_sizes = input_sizes
+        super().__init__(sum(input_sizes), output_size, input_is_parallel=True, **kwargs)
+
+    def _by_rank(self, weight: torch.Tensor) -> torch.Tensor:
+        world_size = get_tensor_model_parallel_world_size()
+        if weight.dim() != 2 or world_size == 1:
+            return weight
+        parts = [part.chunk(world_size, dim=1) for part in weight.split(self.input_sizes, dim=1)]
+        return torch.cat([shards[rank] for rank in range(world_size) for shards in parts], dim=1)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        super().weight_loader(param, self._by_rank(loaded_weight))
+
+    def weight_loader_v2(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        super().weight_loader_v2(param, self._by_rank(loaded_weight))
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
+
+
+def shard_streams(tensor: torch.Tensor, dim: int, lengths: tuple[int, ...]) -> torch.Tensor:
+    """This rank's tokens of every stream that `tensor` holds one after the other along `dim`."""
+    if get_forward_context().omni_diffusion_config.parallel_config.sequence_parallel_size == 1:
+        return tensor
+    return torch.cat([sp_shard_with_padding(part, dim)[0] for part in tensor.split(lengths, dim=dim)], dim=dim)
 
 
 class Flux2PosEmbed(nn.Module):
@@ -341,6 +449,7 @@ class Flux2Attention(nn.Module):
             softmax_scale=self.head_dim**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -384,7 +493,7 @@ class Flux2Attention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "encoder_hidden_states", "hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -422,15 +531,27 @@ class Flux2FeedForward(nn.Module):
         dim_out: int | None = None,
         mult: float = 3.0,
         bias: bool = False,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
     ):
         super().__init__()
         inner_dim = int(dim * mult)
         dim_out = dim_out or dim
 
         # Flux2SwiGLU will reduce the dimension by half
-        self.linear_in = nn.Linear(dim, inner_dim * 2, bias=bias)
+        self.linear_in = MergedColumnParallelLinear(
+            dim, [inner_dim] * 2, bias=bias, return_bias=False, quant_config=quant_config, prefix=f"{prefix}.linear_in"
+        )
         self.act_fn = Flux2SwiGLU()
-        self.linear_out = nn.Linear(inner_dim, dim_out, bias=bias)
+        self.linear_out = RowParallelLinear(
+            inner_dim,
+            dim_out,
+            input_is_parallel=True,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear_out",
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.linear_in(x)
@@ -470,10 +591,14 @@ class Flux2TransformerBlock(nn.Module):
         )
 
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
-        self.ff = Flux2FeedForward(dim=dim, dim_out=dim, mult=mlp_ratio, bias=bias)
+        self.ff = Flux2FeedForward(
+            dim=dim, dim_out=dim, mult=mlp_ratio, bias=bias, quant_config=quant_config, prefix=f"{prefix}.ff"
+        )
 
         self.norm2_context = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
-        self.ff_context = Flux2FeedForward(dim=dim, dim_out=dim, mult=mlp_ratio, bias=bias)
+        self.ff_context = Flux2FeedForward(
+            dim=dim, dim_out=dim, mult=mlp_ratio, bias=bias, quant_config=quant_config, prefix=f"{prefix}.ff_context"
+        )
 
     def forward(
         self,
@@ -566,9 +691,14 @@ class Flux2ParallelSelfAttention(nn.Module):
         self.mlp_mult_factor = mlp_mult_factor
 
         # Fused QKV projections + MLP input projection
-        self.to_qkv_mlp_proj = nn.Linear(query_dim, out_dim * 3 + self.mlp_hidden_dim * mlp_mult_factor, bias=bias)
-        # Block structure for tensor-parallel packed sharding: Q, K, V, gate, linear
-        self.to_qkv_mlp_proj._tp_packed_col_blocks = [out_dim] * 3 + [self.mlp_hidden_dim] * mlp_mult_factor
+        self.to_qkv_mlp_proj = MergedColumnParallelLinear(
+            query_dim,
+            [out_dim] * 3 + [self.mlp_hidden_dim] * mlp_mult_factor,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_qkv_mlp_proj",
+        )
         self.mlp_act_fn = Flux2SwiGLU()
 
         # QK Norm
@@ -576,16 +706,22 @@ class Flux2ParallelSelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(dim_head, eps=eps, elementwise_affine=elementwise_affine)
 
         # Fused attention output projection + MLP output projection
-        self.to_out = nn.Linear(out_dim + self.mlp_hidden_dim, out_dim, bias=out_bias)
-        # Block structure for tensor-parallel packed sharding: attn columns, mlp columns
-        self.to_out._tp_packed_row_blocks = [out_dim, self.mlp_hidden_dim]
-        num_heads = self.inner_dim // self.head_dim
+        self.to_out = PackedRowParallelLinear(
+            [out_dim, self.mlp_hidden_dim],
+            out_dim,
+            bias=out_bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_out",
+        )
+        num_heads = out_dim * 3 + self.mlp_hidden_dim * mlp_mult_factor // self.head_dim
         self.attn = Attention(
-            num_heads=num_heads,
+            num_heads=divide(num_heads, get_tensor_model_parallel_world_size()),
             head_size=self.head_dim,
             softmax_scale=self.head_dim**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -624,7 +760,7 @@ class Flux2ParallelSelfAttention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "encoder_hidden_states", "hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -754,6 +890,19 @@ class Flux2Transformer2DModel(nn.Module):
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
     }
+    _sp_plan = {
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -856,6 +1005,8 @@ class Flux2Transformer2DModel(nn.Module):
             self.inner_dim, self.inner_dim, elementwise_affine=False, eps=eps, bias=False
         )
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels, bias=False)
+        self.shard_encoder_hidden_states = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -986,6 +1137,17 @@ class Flux2Transformer2DModel(nn.Module):
             }
         else:
             kv_attn_kwargs = joint_attention_kwargs
+        if kv_cache is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
+            raise NotImplementedError("`kv_cache` can not be divided between the ranks of sequence parallelism")
+        if kv_cache_mode is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
+            raise NotImplementedError("`kv_cache_mode` can not be divided between the ranks of sequence parallelism")
+        concat_rotary_emb = tuple(
+            shard_streams(table, -2, (encoder_hidden_states.shape[1], hidden_states.shape[1]))
+            for table in concat_rotary_emb
+        )
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
+        hidden_states = self.shard_hidden_states(hidden_states)
+        num_txt_tokens = encoder_hidden_states.shape[1]
 
         # 5. Double Stream Transformer Blocks
         for index_block, block in enumerate(self.transformer_blocks):

@@ -3,7 +3,9 @@
 """Ports of the helios family."""
 
 from .helios_transformer import HeliosTransformer3DModel
+from .pipeline_helios import HeliosPipeline
 
 __all__ = [
+    "HeliosPipeline",
     "HeliosTransformer3DModel",
 ]

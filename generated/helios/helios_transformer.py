@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HeliosTransformer3DModel (models/transformers/transformer_helios.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.HeliosTransformer3DModel (models/transformers/transformer_helios.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -215,6 +215,7 @@ class HeliosSelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -397,6 +398,7 @@ class HeliosFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HeliosTransformerBlock(nn.Module):
     def __init__(
         self,

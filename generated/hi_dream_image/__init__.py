@@ -3,7 +3,10 @@
 """Ports of the hi_dream_image family."""
 
 from .hi_dream_image_transformer import HiDreamImageTransformer2DModel
+from .pipeline_hi_dream_image import HiDreamImagePipeline, get_hi_dream_image_post_process_func
 
 __all__ = [
+    "HiDreamImagePipeline",
     "HiDreamImageTransformer2DModel",
+    "get_hi_dream_image_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HiDreamImageTransformer2DModel (models/transformers/transformer_hidream_image.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.HiDreamImageTransformer2DModel (models/transformers/transformer_hidream_image.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -15,9 +15,16 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.distributed.utils import divide
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -47,6 +54,30 @@ def apply_rope(xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> t
     xq_out = freqs_cis[..., 0] * xq_[..., 0] + freqs_cis[..., 1] * xq_[..., 1]
     xk_out = freqs_cis[..., 0] * xk_[..., 0] + freqs_cis[..., 1] * xk_[..., 1]
     return xq_out.reshape(*xq.shape).type_as(xq), xk_out.reshape(*xk.shape).type_as(xk)
+
+
+class TensorParallelRMSNorm(nn.Module):
+    """RMS norm over a dimension that is sharded over the tensor-parallel ranks: the squares are summed over all ranks."""
+
+    def __init__(self, dim: int, eps: float | None = None):
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(divide(dim, get_tensor_model_parallel_world_size())))
+        set_weight_attrs(self.weight, {"weight_loader": self.weight_loader})
+
+    def weight_loader(self, param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+        size = param.shape[0]
+        param.data.copy_(loaded_weight.narrow(0, get_tensor_model_parallel_rank() * size, size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.float()
+        squares = states.square().sum(dim=-1, keepdim=True)
+        if get_tensor_model_parallel_world_size() > 1:
+            squares = tensor_model_parallel_all_reduce(squares)
+        eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
+        states = states * torch.rsqrt(squares / self.dim + eps)
+        return (states * self.weight.float()).type_as(hidden_states)
 
 
 class HiDreamImageTimestepEmbed(nn.Module):
@@ -123,6 +154,7 @@ class HiDreamBlock(nn.Module):
         )
 
 
+@torch._dynamo.allow_in_graph
 class HiDreamSelfAttention(nn.Module):
     def __init__(
         self,
@@ -138,25 +170,91 @@ class HiDreamSelfAttention(nn.Module):
 
         self.heads = heads
 
-        self.to_q = nn.Linear(query_dim, self.inner_dim)
-        self.to_k = nn.Linear(self.inner_dim, self.inner_dim)
-        self.to_v = nn.Linear(self.inner_dim, self.inner_dim)
-        self.to_out = nn.Linear(self.inner_dim, query_dim)
-        self.q_rms_norm = nn.RMSNorm(self.inner_dim, eps)
-        self.k_rms_norm = nn.RMSNorm(self.inner_dim, eps)
+        self.to_q = ColumnParallelLinear(
+            query_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_q",
+        )
+        self.to_k = ColumnParallelLinear(
+            self.inner_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_k",
+        )
+        self.to_v = ColumnParallelLinear(
+            self.inner_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_v",
+        )
+        self.to_out = RowParallelLinear(
+            self.inner_dim,
+            query_dim,
+            input_is_parallel=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_out",
+        )
+        self.q_rms_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
+        self.k_rms_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
 
-        self.to_q_t = nn.Linear(query_dim, self.inner_dim)
-        self.to_k_t = nn.Linear(self.inner_dim, self.inner_dim)
-        self.to_v_t = nn.Linear(self.inner_dim, self.inner_dim)
-        self.to_out_t = nn.Linear(self.inner_dim, query_dim)
-        self.q_rms_norm_t = nn.RMSNorm(self.inner_dim, eps)
-        self.k_rms_norm_t = nn.RMSNorm(self.inner_dim, eps)
+        self.to_q_t = ColumnParallelLinear(
+            query_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_q_t",
+        )
+        self.to_k_t = ColumnParallelLinear(
+            self.inner_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_k_t",
+        )
+        self.to_v_t = ColumnParallelLinear(
+            self.inner_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_v_t",
+        )
+        self.to_out_t = RowParallelLinear(
+            self.inner_dim,
+            query_dim,
+            input_is_parallel=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_out_t",
+        )
+        self.q_rms_norm_t = TensorParallelRMSNorm(self.inner_dim, eps=eps)
+        self.k_rms_norm_t = TensorParallelRMSNorm(self.inner_dim, eps=eps)
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=dim_head,
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -351,6 +449,7 @@ class MOEFeedForwardSwiGLU(nn.Module):
         return expert_cache
 
 
+@torch._dynamo.allow_in_graph
 class HiDreamImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -363,7 +462,18 @@ class HiDreamImageTransformerBlock(nn.Module):
         prefix: str = "",
     ):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 12 * dim, bias=True))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(),
+            ColumnParallelLinear(
+                dim,
+                12 * dim,
+                gather_output=True,
+                bias=True,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.adaLN_modulation.1",
+            ),
+        )
 
         # 1. Attention
         self.norm1_i = nn.LayerNorm(dim, eps=1e-06, elementwise_affine=False)
@@ -449,6 +559,7 @@ class HiDreamImageTransformerBlock(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HiDreamSelfAttention2(nn.Module):
     def __init__(
         self,
@@ -464,18 +575,52 @@ class HiDreamSelfAttention2(nn.Module):
 
         self.heads = heads
 
-        self.to_q = nn.Linear(query_dim, self.inner_dim)
-        self.to_k = nn.Linear(self.inner_dim, self.inner_dim)
-        self.to_v = nn.Linear(self.inner_dim, self.inner_dim)
-        self.to_out = nn.Linear(self.inner_dim, query_dim)
-        self.q_rms_norm = nn.RMSNorm(self.inner_dim, eps)
-        self.k_rms_norm = nn.RMSNorm(self.inner_dim, eps)
+        self.to_q = ColumnParallelLinear(
+            query_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_q",
+        )
+        self.to_k = ColumnParallelLinear(
+            self.inner_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_k",
+        )
+        self.to_v = ColumnParallelLinear(
+            self.inner_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_v",
+        )
+        self.to_out = RowParallelLinear(
+            self.inner_dim,
+            query_dim,
+            input_is_parallel=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_out",
+        )
+        self.q_rms_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
+        self.k_rms_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=dim_head,
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -527,6 +672,7 @@ class HiDreamSelfAttention2(nn.Module):
         return norm_hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HiDreamImageSingleTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -539,7 +685,18 @@ class HiDreamImageSingleTransformerBlock(nn.Module):
         prefix: str = "",
     ):
         super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim, bias=True))
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(),
+            ColumnParallelLinear(
+                dim,
+                6 * dim,
+                gather_output=True,
+                bias=True,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.adaLN_modulation.1",
+            ),
+        )
 
         # 1. Attention
         self.norm1_i = nn.LayerNorm(dim, eps=1e-06, elementwise_affine=False)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanDiT2DModel (models/transformers/hunyuan_transformer_2d.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.HunyuanDiT2DModel (models/transformers/hunyuan_transformer_2d.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from cache_dit import ForwardPattern
 from diffusers.models.activations import get_activation
 from diffusers.models.embeddings import (
     HunyuanCombinedTimestepTextSizeStyleEmbedding,
@@ -34,7 +33,6 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 
 
@@ -59,6 +57,7 @@ class AdaLayerNormShift(nn.Module):
         return x
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanDiT2DSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanAttnProcessor2_0`."""
 
@@ -108,6 +107,7 @@ class HunyuanDiT2DSelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -157,6 +157,7 @@ class HunyuanDiT2DSelfAttention(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanDiT2DCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanAttnProcessor2_0`."""
 
@@ -442,6 +443,7 @@ class HunyuanDiT2DFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanDiTBlock(nn.Module):
     r"""
     Transformer block used in Hunyuan-DiT model (https://github.com/Tencent/HunyuanDiT). Allow skip connection and
@@ -615,7 +617,6 @@ class HunyuanDiT2DModel(nn.Module):
     _repeated_blocks = ["HunyuanDiTBlock"]
     _layerwise_offload_blocks_attrs = ["blocks"]
     _hsdp_shard_conditions = [lambda name, module: name.startswith(("blocks.",)) and name.rpartition(".")[2].isdigit()]
-    _cache_dit_adapter_config = CacheDiTAdapterConfig(block_forward_patterns={"blocks": ForwardPattern.Pattern_2})
     stacked_params_mapping = [
         (".to_qkv", ".to_q", "q"),
         (".to_qkv", ".to_k", "k"),

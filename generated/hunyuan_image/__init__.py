@@ -3,7 +3,13 @@
 """Ports of the hunyuan_image family."""
 
 from .hunyuan_image_transformer import HunyuanImageTransformer2DModel
+from .pipeline_hunyuan_image import HunyuanImagePipeline, get_hunyuan_image_post_process_func
+from .pipeline_hunyuan_image_refiner import HunyuanImageRefinerPipeline, get_hunyuan_image_refiner_post_process_func
 
 __all__ = [
+    "HunyuanImagePipeline",
+    "HunyuanImageRefinerPipeline",
     "HunyuanImageTransformer2DModel",
+    "get_hunyuan_image_post_process_func",
+    "get_hunyuan_image_refiner_post_process_func",
 ]

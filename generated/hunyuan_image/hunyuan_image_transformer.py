@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanImageTransformer2DModel (models/transformers/transformer_hunyuanimage.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.HunyuanImageTransformer2DModel (models/transformers/transformer_hunyuanimage.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,14 +24,7 @@ from diffusers.models.embeddings import (
     get_1d_rotary_pos_embed,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    FP32LayerNorm,
-    LpNorm,
-    RMSNorm,
-)
+from diffusers.models.normalization import AdaLayerNormContinuous, FP32LayerNorm, LpNorm, RMSNorm
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
@@ -39,9 +34,45 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
 
 
 class PackedRowParallelLinear(RowParallelLinear):
@@ -69,6 +100,45 @@ class PackedRowParallelLinear(RowParallelLinear):
         super().weight_loader_v2(param, self._by_rank(loaded_weight))
 
 
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
+
+
 class HunyuanImagePatchEmbed(nn.Module):
     def __init__(
         self,
@@ -93,6 +163,7 @@ class HunyuanImagePatchEmbed(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanImageSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -150,6 +221,8 @@ class HunyuanImageSelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -293,6 +366,7 @@ class HunyuanImageAdaNorm(nn.Module):
 
 
 # IndividualTokenRefinerBlock
+@torch._dynamo.allow_in_graph
 class HunyuanImageIndividualTokenRefinerBlock(nn.Module):
     def __init__(
         self,
@@ -560,6 +634,36 @@ class HunyuanImageRotaryPosEmbed(nn.Module):
         return freqs_cos, freqs_sin
 
 
+class HunyuanImageAdaLayerNormZero(nn.Module):
+    """`AdaLayerNormZero` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            6 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+@torch._dynamo.allow_in_graph
 class HunyuanImageJointAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanImageAttnProcessor`."""
 
@@ -670,6 +774,7 @@ class HunyuanImageJointAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -715,7 +820,7 @@ class HunyuanImageJointAttention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "hidden_states", "encoder_hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -786,6 +891,7 @@ class HunyuanImageFeedForwardGeluApproximate(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -800,8 +906,10 @@ class HunyuanImageTransformerBlock(nn.Module):
 
         hidden_size = num_attention_heads * attention_head_dim
 
-        self.norm1 = AdaLayerNormZero(hidden_size, norm_type="layer_norm")
-        self.norm1_context = AdaLayerNormZero(hidden_size, norm_type="layer_norm")
+        self.norm1 = HunyuanImageAdaLayerNormZero(hidden_size, quant_config=quant_config, prefix=f"{prefix}.norm1")
+        self.norm1_context = HunyuanImageAdaLayerNormZero(
+            hidden_size, quant_config=quant_config, prefix=f"{prefix}.norm1_context"
+        )
 
         self.attn = HunyuanImageJointAttention(
             query_dim=hidden_size,
@@ -868,6 +976,7 @@ class HunyuanImageTransformerBlock(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanImageCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanImageAttnProcessor`."""
 
@@ -936,7 +1045,7 @@ class HunyuanImageCrossAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
-            skip_sequence_parallel=True,
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -980,7 +1089,7 @@ class HunyuanImageCrossAttention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "hidden_states", "encoder_hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -994,6 +1103,36 @@ class HunyuanImageCrossAttention(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
+class HunyuanImageAdaLayerNormZeroSingle(nn.Module):
+    """`AdaLayerNormZeroSingle` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            3 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa
+
+
+@torch._dynamo.allow_in_graph
 class HunyuanImageSingleTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -1019,7 +1158,7 @@ class HunyuanImageSingleTransformerBlock(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-        self.norm = AdaLayerNormZeroSingle(hidden_size, norm_type="layer_norm")
+        self.norm = HunyuanImageAdaLayerNormZeroSingle(hidden_size, quant_config=quant_config, prefix=f"{prefix}.norm")
         self.proj_mlp = ColumnParallelLinear(
             hidden_size,
             mlp_dim,
@@ -1152,6 +1291,23 @@ class HunyuanImageTransformer2DModel(nn.Module):
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
     }
+    _sp_plan = {
+        "shard_image_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -1264,6 +1420,9 @@ class HunyuanImageTransformer2DModel(nn.Module):
         # 5. Output projection
         self.norm_out = AdaLayerNormContinuous(inner_dim, inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(inner_dim, math.prod(patch_size) * out_channels)
+        self.shard_image_rotary_emb = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
+        self.shard_encoder_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -1377,6 +1536,9 @@ class HunyuanImageTransformer2DModel(nn.Module):
 
         attention_mask = F.pad(encoder_attention_mask, (hidden_states.shape[1], 0), value=True)
         attention_mask = attention_mask.unsqueeze(1).unsqueeze(2)
+        image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
+        hidden_states = self.shard_hidden_states(hidden_states)
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
         # 3. Transformer blocks
         for block in self.transformer_blocks:
             hidden_states, encoder_hidden_states = block(

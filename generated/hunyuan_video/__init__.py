@@ -3,7 +3,13 @@
 """Ports of the hunyuan_video family."""
 
 from .hunyuan_video_transformer import HunyuanVideoTransformer3DModel
+from .pipeline_hunyuan_skyreels_image_to_video import HunyuanSkyreelsImageToVideoPipeline
+from .pipeline_hunyuan_video import HunyuanVideoPipeline
+from .pipeline_hunyuan_video_image_to_video import HunyuanVideoImageToVideoPipeline
 
 __all__ = [
+    "HunyuanSkyreelsImageToVideoPipeline",
+    "HunyuanVideoImageToVideoPipeline",
+    "HunyuanVideoPipeline",
     "HunyuanVideoTransformer3DModel",
 ]

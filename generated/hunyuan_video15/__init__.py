@@ -3,7 +3,16 @@
 """Ports of the hunyuan_video15 family."""
 
 from .hunyuan_video15_transformer import HunyuanVideo15Transformer3DModel
+from .pipeline_hunyuan_video15 import HunyuanVideo15Pipeline, get_hunyuan_video15_post_process_func
+from .pipeline_hunyuan_video15_image_to_video import (
+    HunyuanVideo15ImageToVideoPipeline,
+    get_hunyuan_video15_image_to_video_post_process_func,
+)
 
 __all__ = [
+    "HunyuanVideo15ImageToVideoPipeline",
+    "HunyuanVideo15Pipeline",
     "HunyuanVideo15Transformer3DModel",
+    "get_hunyuan_video15_image_to_video_post_process_func",
+    "get_hunyuan_video15_post_process_func",
 ]

@@ -3,7 +3,9 @@
 """Ports of the hunyuan_video_framepack family."""
 
 from .hunyuan_video_framepack_transformer import HunyuanVideoFramepackTransformer3DModel
+from .pipeline_hunyuan_video_framepack import HunyuanVideoFramepackPipeline
 
 __all__ = [
+    "HunyuanVideoFramepackPipeline",
     "HunyuanVideoFramepackTransformer3DModel",
 ]

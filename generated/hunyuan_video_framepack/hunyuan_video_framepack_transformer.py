@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanVideoFramepackTransformer3DModel (models/transformers/transformer_hunyuan_video_framepack.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.HunyuanVideoFramepackTransformer3DModel (models/transformers/transformer_hunyuan_video_framepack.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,14 +24,7 @@ from diffusers.models.embeddings import (
     get_1d_rotary_pos_embed,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    AdaLayerNormZeroSingle,
-    FP32LayerNorm,
-    LpNorm,
-    RMSNorm,
-)
+from diffusers.models.normalization import AdaLayerNormContinuous, FP32LayerNorm, LpNorm, RMSNorm
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
@@ -39,9 +34,17 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 
 def _pad_for_3d_conv(x, kernel_size):
@@ -59,6 +62,34 @@ def _center_down_sample_3d(x, kernel_size):
     if isinstance(x, (tuple, list)):
         return tuple(_center_down_sample_3d(i, kernel_size) for i in x)
     return F.avg_pool3d(x, kernel_size, stride=kernel_size)
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
 
 
 class PackedRowParallelLinear(RowParallelLinear):
@@ -84,6 +115,45 @@ class PackedRowParallelLinear(RowParallelLinear):
 
     def weight_loader_v2(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         super().weight_loader_v2(param, self._by_rank(loaded_weight))
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class HunyuanVideoFramepackHunyuanVideoPatchEmbed(nn.Module):
@@ -133,6 +203,7 @@ class HunyuanVideoHistoryPatchEmbed(nn.Module):
         return latents_clean, latents_clean_2x, latents_clean_4x
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanVideoFramepackSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -190,6 +261,8 @@ class HunyuanVideoFramepackSelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -583,6 +656,36 @@ class HunyuanVideoFramepackRotaryPosEmbed(nn.Module):
         return freqs_cos, freqs_sin
 
 
+class HunyuanVideoFramepackAdaLayerNormZero(nn.Module):
+    """`AdaLayerNormZero` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            6 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+@torch._dynamo.allow_in_graph
 class HunyuanVideoFramepackJointAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanVideoAttnProcessor2_0`."""
 
@@ -693,6 +796,7 @@ class HunyuanVideoFramepackJointAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -738,7 +842,7 @@ class HunyuanVideoFramepackJointAttention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "hidden_states", "encoder_hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -825,8 +929,12 @@ class HunyuanVideoFramepackHunyuanVideoTransformerBlock(nn.Module):
 
         hidden_size = num_attention_heads * attention_head_dim
 
-        self.norm1 = AdaLayerNormZero(hidden_size, norm_type="layer_norm")
-        self.norm1_context = AdaLayerNormZero(hidden_size, norm_type="layer_norm")
+        self.norm1 = HunyuanVideoFramepackAdaLayerNormZero(
+            hidden_size, quant_config=quant_config, prefix=f"{prefix}.norm1"
+        )
+        self.norm1_context = HunyuanVideoFramepackAdaLayerNormZero(
+            hidden_size, quant_config=quant_config, prefix=f"{prefix}.norm1_context"
+        )
 
         self.attn = HunyuanVideoFramepackJointAttention(
             query_dim=hidden_size,
@@ -893,6 +1001,7 @@ class HunyuanVideoFramepackHunyuanVideoTransformerBlock(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class HunyuanVideoFramepackCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanVideoAttnProcessor2_0`."""
 
@@ -961,7 +1070,7 @@ class HunyuanVideoFramepackCrossAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
-            skip_sequence_parallel=True,
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -1013,7 +1122,7 @@ class HunyuanVideoFramepackCrossAttention(nn.Module):
             query,
             key,
             value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query, attention_mask, "hidden_states", "encoder_hidden_states"),
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
@@ -1025,6 +1134,35 @@ class HunyuanVideoFramepackCrossAttention(nn.Module):
         )
 
         return hidden_states, encoder_hidden_states
+
+
+class HunyuanVideoFramepackAdaLayerNormZeroSingle(nn.Module):
+    """`AdaLayerNormZeroSingle` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            3 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa = emb.chunk(3, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa
 
 
 class HunyuanVideoFramepackHunyuanVideoSingleTransformerBlock(nn.Module):
@@ -1054,7 +1192,9 @@ class HunyuanVideoFramepackHunyuanVideoSingleTransformerBlock(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-        self.norm = AdaLayerNormZeroSingle(hidden_size, norm_type="layer_norm")
+        self.norm = HunyuanVideoFramepackAdaLayerNormZeroSingle(
+            hidden_size, quant_config=quant_config, prefix=f"{prefix}.norm"
+        )
         self.proj_mlp = ColumnParallelLinear(
             hidden_size,
             mlp_dim,
@@ -1147,6 +1287,23 @@ class HunyuanVideoFramepackTransformer3DModel(nn.Module):
     packed_modules_mapping = {
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
+    }
+    _sp_plan = {
+        "shard_image_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "gather_hidden_states": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
     }
 
     def __init__(
@@ -1272,6 +1429,10 @@ class HunyuanVideoFramepackTransformer3DModel(nn.Module):
         # 5. Output projection
         self.norm_out = AdaLayerNormContinuous(inner_dim, inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(inner_dim, patch_size_t * patch_size * patch_size * out_channels)
+        self.shard_image_rotary_emb = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
+        self.shard_encoder_hidden_states = nn.Identity()
+        self.gather_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -1423,6 +1584,9 @@ class HunyuanVideoFramepackTransformer3DModel(nn.Module):
                 attention_mask[i, : effective_sequence_length[i]] = True
             # [B, 1, 1, N], for broadcasting across attention heads
             attention_mask = attention_mask.unsqueeze(1).unsqueeze(1)
+        image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
+        hidden_states = self.shard_hidden_states(hidden_states)
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
 
         for block in self.transformer_blocks:
             hidden_states, encoder_hidden_states = block(
@@ -1433,6 +1597,7 @@ class HunyuanVideoFramepackTransformer3DModel(nn.Module):
             hidden_states, encoder_hidden_states = block(
                 hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
             )
+        hidden_states = self.gather_hidden_states(hidden_states)
 
         hidden_states = hidden_states[:, -original_context_length:]
         hidden_states = self.norm_out(hidden_states, temb)

@@ -3,7 +3,10 @@
 """Ports of the ideogram4 family."""
 
 from .ideogram4_transformer import Ideogram4Transformer2DModel
+from .pipeline_ideogram4 import Ideogram4Pipeline, get_ideogram4_post_process_func
 
 __all__ = [
+    "Ideogram4Pipeline",
     "Ideogram4Transformer2DModel",
+    "get_ideogram4_post_process_func",
 ]

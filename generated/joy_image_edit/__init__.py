@@ -3,7 +3,10 @@
 """Ports of the joy_image_edit family."""
 
 from .joy_image_edit_transformer import JoyImageEditTransformer3DModel
+from .pipeline_joy_image_edit import JoyImageEditPipeline, get_joy_image_edit_post_process_func
 
 __all__ = [
+    "JoyImageEditPipeline",
     "JoyImageEditTransformer3DModel",
+    "get_joy_image_edit_post_process_func",
 ]

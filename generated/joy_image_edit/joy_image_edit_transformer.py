@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.JoyImageEditTransformer3DModel (models/transformers/transformer_joyimage.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.JoyImageEditTransformer3DModel (models/transformers/transformer_joyimage.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -24,9 +25,14 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
 
 
 def _apply_rotary_emb(
@@ -46,6 +52,45 @@ def _apply_rotary_emb(
     xq_out = (xq.float() * cos + _rotate_half(xq) * sin).type_as(xq)
     xk_out = (xk.float() * cos + _rotate_half(xk) * sin).type_as(xk)
     return xq_out, xk_out
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class JoyImageTimeTextImageEmbedding(nn.Module):
@@ -225,7 +270,6 @@ class JoyImageAttention(nn.Module):
             softmax_scale=attention_head_dim**-0.5,
             causal=False,
             role="cross",
-            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -272,7 +316,9 @@ class JoyImageAttention(nn.Module):
         joint_key = torch.cat([img_key, txt_key], dim=1)
         joint_value = torch.cat([img_value, txt_value], dim=1)
 
-        joint_hidden_states = self.attn(joint_query, joint_key, joint_value)
+        joint_hidden_states = self.attn(
+            joint_query, joint_key, joint_value, attn_metadata=sequence_metadata(joint_query, None, "img", "txt")
+        )
 
         joint_hidden_states = joint_hidden_states.flatten(2, 3)
         joint_hidden_states = joint_hidden_states.to(joint_query.dtype)
@@ -402,6 +448,23 @@ class JoyImageEditTransformer3DModel(nn.Module):
         "norm2",
         "norm_out",
     ]
+    _sp_plan = {
+        "shard_txt_freqs": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_vis_freqs": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_img": {
+            0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="img")
+        },
+        "shard_txt": {
+            0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="txt")
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="img"),
+    }
 
     def __init__(
         self,
@@ -480,6 +543,10 @@ class JoyImageEditTransformer3DModel(nn.Module):
         # output head
         self.norm_out = FP32LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(hidden_size, self.out_channels * math.prod(patch_size))
+        self.shard_txt_freqs = nn.Identity()
+        self.shard_vis_freqs = nn.Identity()
+        self.shard_img = nn.Identity()
+        self.shard_txt = nn.Identity()
         # Sensitive modules stay in float32, whatever the model's dtype.
         for name, param in self.named_parameters():
             if any(part in self._keep_in_fp32_modules for part in name.split(".")):
@@ -595,6 +662,10 @@ class JoyImageEditTransformer3DModel(nn.Module):
             vis_rope_size=[tt, th, tw],
             txt_rope_size=txt_seq_len if self.rope_type == "mrope" else None,
         )
+        txt_freqs = self.shard_txt_freqs(txt_freqs)
+        vis_freqs = self.shard_vis_freqs(vis_freqs)
+        img = self.shard_img(img)
+        txt = self.shard_txt(txt)
 
         # main loop
         for block in self.double_blocks:

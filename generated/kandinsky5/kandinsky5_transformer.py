@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Kandinsky5Transformer3DModel (models/transformers/transformer_kandinsky.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.Kandinsky5Transformer3DModel (models/transformers/transformer_kandinsky.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,15 +16,21 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils.import_utils import is_torch_version
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed.utils import divide
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.platforms import current_omni_platform
 
 _REQUIRED_FLEX_VERSION = "2.5.0"
 
@@ -149,6 +156,34 @@ def nablaT_v2(
     return BlockMask.from_kv_blocks(torch.zeros_like(kv_nb), kv_inds, kv_nb, kv_inds, BLOCK_SIZE=64, mask_mod=None)
 
 
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
 class Kandinsky5TimeEmbeddings(nn.Module):
     def __init__(
         self, model_dim, time_dim, max_period=10000.0, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -266,10 +301,20 @@ class Kandinsky5RoPE3D(nn.Module):
 
 
 class Kandinsky5Modulation(nn.Module):
-    def __init__(self, time_dim, model_dim, num_params):
+    def __init__(
+        self, time_dim, model_dim, num_params, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ):
         super().__init__()
         self.activation = nn.SiLU()
-        self.out_layer = nn.Linear(time_dim, num_params * model_dim)
+        self.out_layer = ColumnParallelLinear(
+            time_dim,
+            num_params * model_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.out_layer",
+        )
         self.out_layer.weight.data.zero_()
         self.out_layer.bias.data.zero_()
 
@@ -283,19 +328,53 @@ class Kandinsky5Attention(nn.Module):
         assert num_channels % head_dim == 0
         self.num_heads = num_channels // head_dim
 
-        self.to_query = nn.Linear(num_channels, num_channels, bias=True)
-        self.to_key = nn.Linear(num_channels, num_channels, bias=True)
-        self.to_value = nn.Linear(num_channels, num_channels, bias=True)
+        self.to_query = ColumnParallelLinear(
+            num_channels,
+            num_channels,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_query",
+        )
+        self.to_key = ColumnParallelLinear(
+            num_channels,
+            num_channels,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_key",
+        )
+        self.to_value = ColumnParallelLinear(
+            num_channels,
+            num_channels,
+            gather_output=False,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_value",
+        )
         self.query_norm = nn.RMSNorm(head_dim)
         self.key_norm = nn.RMSNorm(head_dim)
 
-        self.out_layer = nn.Linear(num_channels, num_channels, bias=True)
+        self.out_layer = RowParallelLinear(
+            num_channels,
+            num_channels,
+            input_is_parallel=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.out_layer",
+        )
+        self.num_heads = divide(self.num_heads, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.num_heads,
             head_size=head_dim,
             softmax_scale=head_dim**-0.5,
             causal=False,
             role="cross",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -388,7 +467,9 @@ class Kandinsky5TransformerEncoderBlock(nn.Module):
         self, model_dim, time_dim, ff_dim, head_dim, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ):
         super().__init__()
-        self.text_modulation = Kandinsky5Modulation(time_dim, model_dim, 6)
+        self.text_modulation = Kandinsky5Modulation(
+            time_dim, model_dim, 6, quant_config=quant_config, prefix=f"{prefix}.text_modulation"
+        )
 
         self.self_attention_norm = nn.LayerNorm(model_dim, elementwise_affine=False)
         self.self_attention = Kandinsky5Attention(
@@ -420,7 +501,9 @@ class Kandinsky5TransformerDecoderBlock(nn.Module):
         self, model_dim, time_dim, ff_dim, head_dim, quant_config: QuantizationConfig | None = None, prefix: str = ""
     ):
         super().__init__()
-        self.visual_modulation = Kandinsky5Modulation(time_dim, model_dim, 9)
+        self.visual_modulation = Kandinsky5Modulation(
+            time_dim, model_dim, 9, quant_config=quant_config, prefix=f"{prefix}.visual_modulation"
+        )
 
         self.self_attention_norm = nn.LayerNorm(model_dim, elementwise_affine=False)
         self.self_attention = Kandinsky5Attention(
@@ -467,10 +550,20 @@ class Kandinsky5TransformerDecoderBlock(nn.Module):
 
 
 class Kandinsky5OutLayer(nn.Module):
-    def __init__(self, model_dim, time_dim, visual_dim, patch_size):
+    def __init__(
+        self,
+        model_dim,
+        time_dim,
+        visual_dim,
+        patch_size,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ):
         super().__init__()
         self.patch_size = patch_size
-        self.modulation = Kandinsky5Modulation(time_dim, model_dim, 2)
+        self.modulation = Kandinsky5Modulation(
+            time_dim, model_dim, 2, quant_config=quant_config, prefix=f"{prefix}.modulation"
+        )
         self.norm = nn.LayerNorm(model_dim, elementwise_affine=False)
         self.out_layer = nn.Linear(model_dim, math.prod(patch_size) * visual_dim, bias=True)
 
@@ -632,7 +725,14 @@ class Kandinsky5Transformer3DModel(nn.Module):
         )
 
         # Initialize output layer
-        self.out_layer = Kandinsky5OutLayer(model_dim, time_dim, out_visual_dim, patch_size)
+        self.out_layer = Kandinsky5OutLayer(
+            model_dim,
+            time_dim,
+            out_visual_dim,
+            patch_size,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "out_layer"),
+        )
         # Sensitive modules stay in float32, whatever the model's dtype.
         for name, param in self.named_parameters():
             if any(part in self._keep_in_fp32_modules for part in name.split(".")):

@@ -3,7 +3,10 @@
 """Ports of the krea2 family."""
 
 from .krea2_transformer import Krea2Transformer2DModel
+from .pipeline_krea2 import Krea2Pipeline, get_krea2_post_process_func
 
 __all__ = [
+    "Krea2Pipeline",
     "Krea2Transformer2DModel",
+    "get_krea2_post_process_func",
 ]

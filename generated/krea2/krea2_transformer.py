@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Krea2Transformer2DModel (models/transformers/transformer_krea2.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.Krea2Transformer2DModel (models/transformers/transformer_krea2.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,9 +27,84 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class Krea2TimestepEmbedding(nn.Module):
@@ -96,6 +173,7 @@ class Krea2Attention(nn.Module):
         eps: float = 1e-5,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads != 0:
@@ -165,6 +243,8 @@ class Krea2Attention(nn.Module):
             causal=False,
             num_kv_heads=self.num_kv_heads,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
+            skip_sequence_parallel=skip_sequence_parallel,
             prefix=f"{prefix}.attn",
         )
 
@@ -196,10 +276,7 @@ class Krea2Attention(nn.Module):
             value = value.repeat_interleave(num_key_value_groups, dim=2)
 
         hidden_states = self.attn(
-            query,
-            key,
-            value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            query, key, value, attn_metadata=sequence_metadata(query, attention_mask, "hidden_states")
         )
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states * torch.sigmoid(gate)
@@ -257,12 +334,19 @@ class Krea2TextFusionBlock(nn.Module):
         eps: float,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = Krea2RMSNorm(dim, eps=eps)
         self.norm2 = Krea2RMSNorm(dim, eps=eps)
         self.attn = Krea2Attention(
-            dim, num_heads, num_kv_heads, eps=eps, quant_config=quant_config, prefix=f"{prefix}.attn"
+            dim,
+            num_heads,
+            num_kv_heads,
+            eps=eps,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            skip_sequence_parallel=skip_sequence_parallel,
         )
         self.ff = Krea2SwiGLU(dim, intermediate_size, quant_config=quant_config, prefix=f"{prefix}.ff")
 
@@ -291,6 +375,7 @@ class Krea2TextFusion(nn.Module):
         eps: float,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.layerwise_blocks = nn.ModuleList(
@@ -303,6 +388,7 @@ class Krea2TextFusion(nn.Module):
                     eps,
                     quant_config=quant_config,
                     prefix=f"{prefix}.layerwise_blocks.{i}",
+                    skip_sequence_parallel=skip_sequence_parallel,
                 )
                 for i in range(num_layerwise_blocks)
             ]
@@ -318,6 +404,7 @@ class Krea2TextFusion(nn.Module):
                     eps,
                     quant_config=quant_config,
                     prefix=f"{prefix}.refiner_blocks.{i}",
+                    skip_sequence_parallel=skip_sequence_parallel,
                 )
                 for i in range(num_refiner_blocks)
             ]
@@ -416,13 +503,20 @@ class Krea2TransformerBlock(nn.Module):
         norm_eps: float,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.zeros(6, hidden_size))
         self.norm1 = Krea2RMSNorm(hidden_size, eps=norm_eps)
         self.norm2 = Krea2RMSNorm(hidden_size, eps=norm_eps)
         self.attn = Krea2Attention(
-            hidden_size, num_heads, num_kv_heads, eps=norm_eps, quant_config=quant_config, prefix=f"{prefix}.attn"
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            eps=norm_eps,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            skip_sequence_parallel=skip_sequence_parallel,
         )
         self.ff = Krea2SwiGLU(hidden_size, intermediate_size, quant_config=quant_config, prefix=f"{prefix}.ff")
 
@@ -520,6 +614,18 @@ class Krea2Transformer2DModel(nn.Module):
         block_forward_patterns={"transformer_blocks": ForwardPattern.Pattern_3}
     )
     _keep_in_fp32_modules = ["norm", "norm1", "norm2", "norm_q", "norm_k"]
+    _sp_plan = {
+        "shard_image_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "gather_hidden_states": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -593,6 +699,7 @@ class Krea2Transformer2DModel(nn.Module):
             eps=norm_eps,
             quant_config=quant_config,
             prefix=maybe_prefix(prefix, "text_fusion"),
+            skip_sequence_parallel=True,
         )
         self.txt_in = Krea2TextProjection(
             text_hidden_dim, hidden_size, eps=norm_eps, quant_config=quant_config, prefix=maybe_prefix(prefix, "txt_in")
@@ -615,6 +722,9 @@ class Krea2Transformer2DModel(nn.Module):
         )
 
         self.final_layer = Krea2FinalLayer(hidden_size, out_channels=in_channels, eps=norm_eps)
+        self.shard_image_rotary_emb = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
+        self.gather_hidden_states = nn.Identity()
         # Sensitive modules stay in float32, whatever the model's dtype.
         for name, param in self.named_parameters():
             if any(part in self._keep_in_fp32_modules for part in name.split(".")):
@@ -684,9 +794,12 @@ class Krea2Transformer2DModel(nn.Module):
         hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
 
         image_rotary_emb = self.rotary_emb(position_ids)
+        image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         for block in self.transformer_blocks:
             hidden_states = block(hidden_states, temb_mod, image_rotary_emb, attention_mask)
+        hidden_states = self.gather_hidden_states(hidden_states)
 
         hidden_states = hidden_states[:, text_seq_len:]
         output = self.final_layer(hidden_states, temb)

@@ -3,7 +3,9 @@
 """Ports of the latte family."""
 
 from .latte_transformer import LatteTransformer3DModel
+from .pipeline_latte import LattePipeline
 
 __all__ = [
+    "LattePipeline",
     "LatteTransformer3DModel",
 ]

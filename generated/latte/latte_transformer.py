@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LatteTransformer3DModel (models/transformers/latte_transformer_3d.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.LatteTransformer3DModel (models/transformers/latte_transformer_3d.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from cache_dit import ForwardPattern
 from diffusers.models.activations import get_activation
-from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection, get_1d_sincos_pos_embed_from_grid
+from diffusers.models.embeddings import (
+    CombinedTimestepLabelEmbeddings,
+    PatchEmbed,
+    PixArtAlphaTextProjection,
+    get_1d_sincos_pos_embed_from_grid,
+)
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import AdaLayerNorm, AdaLayerNormContinuous, AdaLayerNormSingle, AdaLayerNormZero
+from diffusers.models.normalization import AdaLayerNorm, AdaLayerNormContinuous, AdaLayerNormSingle
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
@@ -29,11 +34,87 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.platforms import current_omni_platform
 
 
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+class LatteAdaLayerNormZero(nn.Module):
+    """`AdaLayerNormZero` of Diffusers as this model uses it."""
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_embeddings: int | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ):
+        super().__init__()
+        if num_embeddings is not None:
+            self.emb = CombinedTimestepLabelEmbeddings(num_embeddings, embedding_dim)
+        else:
+            self.emb = None
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            6 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+@torch._dynamo.allow_in_graph
 class LatteSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -82,6 +163,7 @@ class LatteSelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -123,6 +205,7 @@ class LatteSelfAttention(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class LatteCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -183,6 +266,7 @@ class LatteCrossAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -433,6 +517,7 @@ class LatteFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class LatteBasicTransformerBlock(nn.Module):
     """`BasicTransformerBlock` of Diffusers as this model uses it."""
 
@@ -469,7 +554,9 @@ class LatteBasicTransformerBlock(nn.Module):
         if norm_type == "ada_norm":
             self.norm1 = AdaLayerNorm(dim, num_embeds_ada_norm)
         elif norm_type == "ada_norm_zero":
-            self.norm1 = AdaLayerNormZero(dim, num_embeds_ada_norm)
+            self.norm1 = LatteAdaLayerNormZero(
+                dim, num_embeds_ada_norm, quant_config=quant_config, prefix=f"{prefix}.norm1"
+            )
         elif norm_type == "ada_norm_continuous":
             self.norm1 = AdaLayerNormContinuous(
                 dim,
@@ -642,6 +729,7 @@ class LatteBasicTransformerBlock(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class LatteBasicTransformerBlock2(nn.Module):
     """`BasicTransformerBlock` of Diffusers as this model uses it."""
 
@@ -678,7 +766,9 @@ class LatteBasicTransformerBlock2(nn.Module):
         if norm_type == "ada_norm":
             self.norm1 = AdaLayerNorm(dim, num_embeds_ada_norm)
         elif norm_type == "ada_norm_zero":
-            self.norm1 = AdaLayerNormZero(dim, num_embeds_ada_norm)
+            self.norm1 = LatteAdaLayerNormZero(
+                dim, num_embeds_ada_norm, quant_config=quant_config, prefix=f"{prefix}.norm1"
+            )
         elif norm_type == "ada_norm_continuous":
             self.norm1 = AdaLayerNormContinuous(
                 dim,
@@ -809,12 +899,6 @@ class LatteTransformer3DModel(nn.Module):
             and name.rpartition(".")[2].isdigit()
         )
     ]
-    _cache_dit_adapter_config = CacheDiTAdapterConfig(
-        block_forward_patterns={
-            "transformer_blocks": ForwardPattern.Pattern_2,
-            "temporal_transformer_blocks": ForwardPattern.Pattern_3,
-        }
-    )
     stacked_params_mapping = [
         (".to_qkv", ".to_q", "q"),
         (".to_qkv", ".to_k", "k"),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LongCatAudioDiTTransformer (models/transformers/transformer_longcat_audio_dit.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.LongCatAudioDiTTransformer (models/transformers/transformer_longcat_audio_dit.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -8,24 +8,41 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from cache_dit import ForwardPattern
-from diffusers.models.normalization import RMSNorm
 from diffusers.utils.outputs import BaseOutput
 from torch import nn
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.distributed.utils import divide
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 
 @dataclass
@@ -87,6 +104,97 @@ class AudioDiTConvNeXtV2Block(nn.Module):
         hidden_states = self.grn(hidden_states)
         hidden_states = self.pwconv2(hidden_states)
         return residual + hidden_states
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+class TensorParallelRMSNorm(nn.Module):
+    """RMS norm over a dimension that is sharded over the tensor-parallel ranks: the squares are summed over all ranks."""
+
+    def __init__(self, dim: int, eps: float | None = None):
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(divide(dim, get_tensor_model_parallel_world_size())))
+        set_weight_attrs(self.weight, {"weight_loader": self.weight_loader})
+
+    def weight_loader(self, param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+        size = param.shape[0]
+        param.data.copy_(loaded_weight.narrow(0, get_tensor_model_parallel_rank() * size, size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.float()
+        squares = states.square().sum(dim=-1, keepdim=True)
+        if get_tensor_model_parallel_world_size() > 1:
+            squares = tensor_model_parallel_all_reduce(squares)
+        eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
+        states = states * torch.rsqrt(squares / self.dim + eps)
+        return (states * self.weight.float()).type_as(hidden_states)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class AudioDiTSinusPositionEmbedding(nn.Module):
@@ -195,9 +303,27 @@ class AudioDiTRotaryEmbedding(nn.Module):
 
 
 class AudioDiTAdaLNMLP(nn.Module):
-    def __init__(self, in_dim: int, out_dim: int, bias: bool = True):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        bias: bool = True,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+    ):
         super().__init__()
-        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(in_dim, out_dim, bias=bias))
+        self.mlp = nn.Sequential(
+            nn.SiLU(),
+            ColumnParallelLinear(
+                in_dim,
+                out_dim,
+                gather_output=True,
+                bias=bias,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.mlp.1",
+            ),
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.mlp(hidden_states)
@@ -219,24 +345,41 @@ class AudioDiTSelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.inner_dim = dim_head * heads
-        self.to_q = nn.Linear(q_dim, self.inner_dim, bias=bias)
-        self.to_k = nn.Linear(q_dim, self.inner_dim, bias=bias)
-        self.to_v = nn.Linear(q_dim, self.inner_dim, bias=bias)
+        self.to_qkv = QKVParallelLinear(
+            q_dim,
+            dim_head,
+            self.heads,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_qkv",
+        )
         self.qk_norm = qk_norm
         if qk_norm:
-            self.q_norm = RMSNorm(self.inner_dim, eps=eps)
-            self.k_norm = RMSNorm(self.inner_dim, eps=eps)
+            self.q_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
+            self.k_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
         self.to_out = nn.ModuleList(
             [
-                nn.Linear(self.inner_dim, q_dim, bias=bias),
+                RowParallelLinear(
+                    self.inner_dim,
+                    q_dim,
+                    input_is_parallel=True,
+                    bias=bias,
+                    return_bias=False,
+                    quant_config=quant_config,
+                    prefix=f"{prefix}.to_out.0",
+                ),
             ]
         )
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
+        self.inner_dim = divide(self.inner_dim, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=dim_head,
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -247,9 +390,7 @@ class AudioDiTSelfAttention(nn.Module):
         audio_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         batch_size = hidden_states.shape[0]
-        query = self.to_q(hidden_states)
-        key = self.to_k(hidden_states)
-        value = self.to_v(hidden_states)
+        query, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
 
         if self.qk_norm:
             query = self.q_norm(query)
@@ -264,10 +405,7 @@ class AudioDiTSelfAttention(nn.Module):
         key = _apply_rotary_emb(key, audio_rotary_emb)
 
         hidden_states = self.attn(
-            query,
-            key,
-            value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            query, key, value, attn_metadata=sequence_metadata(query, attention_mask, "hidden_states")
         )
         if attention_mask is not None:
             hidden_states = hidden_states * attention_mask[:, :, None, None].to(hidden_states.dtype)
@@ -294,24 +432,49 @@ class AudioDiTCrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.inner_dim = dim_head * heads
-        self.to_q = nn.Linear(q_dim, self.inner_dim, bias=bias)
-        self.to_k = nn.Linear(kv_dim, self.inner_dim, bias=bias)
-        self.to_v = nn.Linear(kv_dim, self.inner_dim, bias=bias)
+        self.to_q = ColumnParallelLinear(
+            q_dim,
+            self.inner_dim,
+            gather_output=False,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_q",
+        )
+        self.to_kv = MergedColumnParallelLinear(
+            kv_dim,
+            [self.inner_dim, self.inner_dim],
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_kv",
+        )
         self.qk_norm = qk_norm
         if qk_norm:
-            self.q_norm = RMSNorm(self.inner_dim, eps=eps)
-            self.k_norm = RMSNorm(self.inner_dim, eps=eps)
+            self.q_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
+            self.k_norm = TensorParallelRMSNorm(self.inner_dim, eps=eps)
         self.to_out = nn.ModuleList(
             [
-                nn.Linear(self.inner_dim, q_dim, bias=bias),
+                RowParallelLinear(
+                    self.inner_dim,
+                    q_dim,
+                    input_is_parallel=True,
+                    bias=bias,
+                    return_bias=False,
+                    quant_config=quant_config,
+                    prefix=f"{prefix}.to_out.0",
+                ),
             ]
         )
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
+        self.inner_dim = divide(self.inner_dim, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=dim_head,
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -327,8 +490,7 @@ class AudioDiTCrossAttention(nn.Module):
     ) -> torch.Tensor:
         batch_size = hidden_states.shape[0]
         query = self.to_q(hidden_states)
-        key = self.to_k(encoder_hidden_states)
-        value = self.to_v(encoder_hidden_states)
+        key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
 
         if self.qk_norm:
             query = self.q_norm(query)
@@ -395,6 +557,7 @@ class AudioDiTFeedForward(nn.Module):
         return self.ff(hidden_states)
 
 
+@torch._dynamo.allow_in_graph
 class AudioDiTBlock(nn.Module):
     def __init__(
         self,
@@ -418,7 +581,9 @@ class AudioDiTBlock(nn.Module):
         self.adaln_type = adaln_type
         self.adaln_use_text_cond = adaln_use_text_cond
         if adaln_type == "local":
-            self.adaln_mlp = AudioDiTAdaLNMLP(dim, dim * 6, bias=True)
+            self.adaln_mlp = AudioDiTAdaLNMLP(
+                dim, dim * 6, bias=True, quant_config=quant_config, prefix=f"{prefix}.adaln_mlp"
+            )
         elif adaln_type == "global":
             self.adaln_scale_shift = nn.Parameter(torch.randn(dim * 6) / dim**0.5)
 
@@ -535,7 +700,32 @@ class LongCatAudioDiTTransformer(nn.Module):
     _repeated_blocks = ["AudioDiTBlock"]
     _layerwise_offload_blocks_attrs = ["blocks"]
     _hsdp_shard_conditions = [lambda name, module: name.startswith(("blocks.",)) and name.rpartition(".")[2].isdigit()]
-    _cache_dit_adapter_config = CacheDiTAdapterConfig(block_forward_patterns={"blocks": ForwardPattern.Pattern_3})
+    stacked_params_mapping = [
+        (".to_qkv", ".to_q", "q"),
+        (".to_qkv", ".to_k", "k"),
+        (".to_qkv", ".to_v", "v"),
+        (".to_kv", ".to_k", 0),
+        (".to_kv", ".to_v", 1),
+    ]
+    packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"], "to_kv": ["to_k", "to_v"]}
+    _sp_plan = {
+        "shard_attention_mask": {0: SequenceParallelInput(split_dim=-1, split_output=True, auto_pad=True)},
+        "shard_rope": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "shard_residual": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="residual"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -618,7 +808,13 @@ class LongCatAudioDiTTransformer(nn.Module):
         self.norm_out = AudioDiTAdaLayerNormZeroFinal(dit_dim, bias=bias, eps=eps)
         self.proj_out = nn.Linear(dit_dim, latent_dim)
         if adaln_type == "global":
-            self.adaln_global_mlp = AudioDiTAdaLNMLP(dit_dim, dit_dim * 6, bias=True)
+            self.adaln_global_mlp = AudioDiTAdaLNMLP(
+                dit_dim,
+                dit_dim * 6,
+                bias=True,
+                quant_config=quant_config,
+                prefix=maybe_prefix(prefix, "adaln_global_mlp"),
+            )
         self.text_conv = text_conv
         if text_conv:
             self.text_conv_layer = nn.Sequential(
@@ -646,6 +842,10 @@ class LongCatAudioDiTTransformer(nn.Module):
         if bias:
             torch.nn.init.constant_(self.norm_out.linear.bias, 0)
             torch.nn.init.constant_(self.proj_out.bias, 0)
+        self.shard_attention_mask = nn.Identity()
+        self.shard_rope = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
+        self.shard_residual = nn.Identity()
 
     def forward(
         self,
@@ -700,6 +900,11 @@ class LongCatAudioDiTTransformer(nn.Module):
         residual = hidden_states.clone() if self.config.long_skip else None
         rope = self.rotary_embed(hidden_states, hidden_states.shape[1])
         cond_rope = self.rotary_embed(encoder_hidden_states, encoder_hidden_states.shape[1])
+        if attention_mask is not None:
+            attention_mask = self.shard_attention_mask(attention_mask)
+        rope = self.shard_rope(rope)
+        hidden_states = self.shard_hidden_states(hidden_states)
+        residual = self.shard_residual(residual)
         if self.config.adaln_type == "global":
             if self.config.adaln_use_text_cond:
                 text_len = text_mask.sum(1).clamp(min=1).to(encoder_hidden_states.dtype)
@@ -747,12 +952,27 @@ class LongCatAudioDiTTransformer(nn.Module):
         params = dict(self.named_parameters())
         params.update(self.named_buffers())
         loaded: set[str] = set()
+        missing: dict[str, set[str]] = {}
         for name, weight in weights:
-            if name not in params:
-                raise ValueError(f"{type(self).__name__} has no parameter for the weight {name}")
-            param = params[name]
-            getattr(param, "weight_loader", default_weight_loader)(param, weight)
-            loaded.add(name)
+            module, _, kind = name.rpartition(".")
+            for merged, source, shard_id in self.stacked_params_mapping:
+                target = f"{module.removesuffix(source)}{merged}.{kind}"
+                if module.endswith(source) and target in params:
+                    param = params[target]
+                    param.weight_loader(param, weight, shard_id)
+                    parts = {s for m, s, _ in self.stacked_params_mapping if m == merged}
+                    missing.setdefault(target, parts).discard(source)
+                    loaded.add(target)
+                    break
+            else:
+                if name not in params:
+                    raise ValueError(f"{type(self).__name__} has no parameter for the weight {name}")
+                param = params[name]
+                getattr(param, "weight_loader", default_weight_loader)(param, weight)
+                loaded.add(name)
+        incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
+        if incomplete:
+            raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
         return loaded
 
     @property

@@ -3,7 +3,13 @@
 """Ports of the long_cat_image family."""
 
 from .long_cat_image_transformer import LongCatImageTransformer2DModel
+from .pipeline_long_cat_image import LongCatImagePipeline, get_long_cat_image_post_process_func
+from .pipeline_long_cat_image_edit import LongCatImageEditPipeline, get_long_cat_image_edit_post_process_func
 
 __all__ = [
+    "LongCatImageEditPipeline",
+    "LongCatImagePipeline",
     "LongCatImageTransformer2DModel",
+    "get_long_cat_image_edit_post_process_func",
+    "get_long_cat_image_post_process_func",
 ]

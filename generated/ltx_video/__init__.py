@@ -3,7 +3,13 @@
 """Ports of the ltx_video family."""
 
 from .ltx_video_transformer import LTXVideoTransformer3DModel
+from .pipeline_ltx import LTXPipeline
+from .pipeline_ltx_image_to_video import LTXImageToVideoPipeline
+from .pipeline_ltxi2_v_long_multi_prompt import LTXI2VLongMultiPromptPipeline
 
 __all__ = [
+    "LTXI2VLongMultiPromptPipeline",
+    "LTXImageToVideoPipeline",
+    "LTXPipeline",
     "LTXVideoTransformer3DModel",
 ]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTXVideoTransformer3DModel (models/transformers/transformer_ltx.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.LTXVideoTransformer3DModel (models/transformers/transformer_ltx.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,16 +26,29 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.distributed.utils import divide
-from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 
 def apply_rotary_emb(x, freqs):
@@ -42,6 +57,34 @@ def apply_rotary_emb(x, freqs):
     x_rotated = torch.stack([-x_imag, x_real], dim=-1).flatten(2)
     out = (x.float() * cos + x_rotated.float() * sin).to(x.dtype)
     return out
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
 
 
 class TensorParallelRMSNorm(nn.Module):
@@ -66,6 +109,51 @@ class TensorParallelRMSNorm(nn.Module):
         eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
         states = states * torch.rsqrt(squares / self.dim + eps)
         return (states * self.weight.float()).type_as(hidden_states)
+
+
+def rotary_of_this_rank(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """This rank's share of rotary tables as wide as all heads: [batch, sequence, width] or [batch, heads, sequence, size]."""
+    world_size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    return tuple(table.chunk(world_size, dim=1 if table.ndim == 4 else -1)[rank] for table in tables)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class LTXVideoRotaryPosEmbed(nn.Module):
@@ -172,13 +260,30 @@ class LTXSelfAttention(nn.Module):
         self.heads = heads
 
         norm_eps = 1e-5
-        self.norm_q = nn.RMSNorm(dim_head * heads, eps=norm_eps, elementwise_affine=True)
-        self.norm_k = nn.RMSNorm(dim_head * kv_heads, eps=norm_eps, elementwise_affine=True)
-        self.to_q = nn.Linear(query_dim, self.inner_dim, bias=bias)
-        self.to_k = nn.Linear(query_dim, self.inner_kv_dim, bias=bias)
-        self.to_v = nn.Linear(query_dim, self.inner_kv_dim, bias=bias)
+        self.norm_q = TensorParallelRMSNorm(dim_head * heads, eps=norm_eps)
+        self.norm_k = TensorParallelRMSNorm(dim_head * kv_heads, eps=norm_eps)
+        self.to_qkv = QKVParallelLinear(
+            query_dim,
+            dim_head,
+            self.heads,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_qkv",
+        )
         self.to_out = nn.ModuleList([])
-        self.to_out.append(nn.Linear(self.inner_dim, query_dim, bias=out_bias))
+        self.to_out.append(
+            RowParallelLinear(
+                self.inner_dim,
+                query_dim,
+                input_is_parallel=True,
+                bias=out_bias,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.to_out.0",
+            )
+        )
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=dim_head,
@@ -190,21 +295,19 @@ class LTXSelfAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, image_rotary_emb: torch.Tensor | None = None) -> torch.Tensor:
 
-        query = self.to_q(hidden_states)
-        key = self.to_k(hidden_states)
-        value = self.to_v(hidden_states)
+        query, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
 
         query = self.norm_q(query)
         key = self.norm_k(key)
 
-        query = apply_rotary_emb(query, image_rotary_emb)
-        key = apply_rotary_emb(key, image_rotary_emb)
+        query = apply_rotary_emb(query, rotary_of_this_rank(image_rotary_emb))
+        key = apply_rotary_emb(key, rotary_of_this_rank(image_rotary_emb))
 
         query = query.unflatten(2, (self.heads, -1))
         key = key.unflatten(2, (self.heads, -1))
         value = value.unflatten(2, (self.heads, -1))
 
-        hidden_states = self.attn(query, key, value)
+        hidden_states = self.attn(query, key, value, attn_metadata=sequence_metadata(query, None, "hidden_states"))
         hidden_states = hidden_states.flatten(2, 3)
         hidden_states = hidden_states.to(query.dtype)
 
@@ -273,6 +376,7 @@ class LTXCrossAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -495,6 +599,7 @@ class LTXVideoFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class LTXVideoTransformerBlock(nn.Module):
     r"""
     Transformer block used in [LTX](https://huggingface.co/Lightricks/LTX-Video).
@@ -632,8 +737,26 @@ class LTXVideoTransformer3DModel(nn.Module):
     _cache_dit_adapter_config = CacheDiTAdapterConfig(
         block_forward_patterns={"transformer_blocks": ForwardPattern.Pattern_2}
     )
-    stacked_params_mapping = [(".to_kv", ".to_k", 0), (".to_kv", ".to_v", 1)]
-    packed_modules_mapping = {"to_kv": ["to_k", "to_v"]}
+    stacked_params_mapping = [
+        (".to_qkv", ".to_q", "q"),
+        (".to_qkv", ".to_k", "k"),
+        (".to_qkv", ".to_v", "v"),
+        (".to_kv", ".to_k", 0),
+        (".to_kv", ".to_v", 1),
+    ]
+    packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"], "to_kv": ["to_k", "to_v"]}
+    _sp_plan = {
+        "shard_image_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -719,6 +842,8 @@ class LTXVideoTransformer3DModel(nn.Module):
 
         self.norm_out = nn.LayerNorm(inner_dim, eps=1e-6, elementwise_affine=False)
         self.proj_out = nn.Linear(inner_dim, out_channels)
+        self.shard_image_rotary_emb = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -793,6 +918,8 @@ class LTXVideoTransformer3DModel(nn.Module):
 
         encoder_hidden_states = self.caption_projection(encoder_hidden_states)
         encoder_hidden_states = encoder_hidden_states.view(batch_size, -1, hidden_states.size(-1))
+        image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         for block in self.transformer_blocks:
             hidden_states = block(

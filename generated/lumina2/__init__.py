@@ -3,7 +3,10 @@
 """Ports of the lumina2 family."""
 
 from .lumina2_transformer import Lumina2Transformer2DModel
+from .pipeline_lumina2 import Lumina2Pipeline, get_lumina2_post_process_func
 
 __all__ = [
+    "Lumina2Pipeline",
     "Lumina2Transformer2DModel",
+    "get_lumina2_post_process_func",
 ]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Lumina2Transformer2DModel (models/transformers/transformer_lumina2.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.Lumina2Transformer2DModel (models/transformers/transformer_lumina2.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from cache_dit import ForwardPattern
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import LuminaLayerNormContinuous, LuminaRMSNormZero, RMSNorm
+from diffusers.models.normalization import LuminaLayerNormContinuous, RMSNorm
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
@@ -24,9 +26,84 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class Lumina2RotaryPosEmbed(nn.Module):
@@ -145,6 +222,7 @@ class Lumina2CombinedTimestepCaptionEmbedding(nn.Module):
         return time_embed, caption_embed
 
 
+@torch._dynamo.allow_in_graph
 class Lumina2Attention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `Lumina2AttnProcessor2_0`."""
 
@@ -156,6 +234,7 @@ class Lumina2Attention(nn.Module):
         dim_head: int = 64,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ):
         super().__init__()
 
@@ -207,7 +286,8 @@ class Lumina2Attention(nn.Module):
             softmax_scale=self.scale,
             causal=False,
             role="cross",
-            skip_sequence_parallel=True,
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
+            skip_sequence_parallel=skip_sequence_parallel,
             prefix=f"{prefix}.attn",
         )
 
@@ -255,7 +335,7 @@ class Lumina2Attention(nn.Module):
         # scaled_dot_product_attention expects attention_mask shape to be
         # (batch, heads, source_length, target_length)
         if attention_mask is not None:
-            attention_mask = attention_mask.bool().view(batch_size, 1, 1, -1)
+            attention_mask = attention_mask.bool()
 
         query = query.transpose(1, 2)
         key = key.transpose(1, 2)
@@ -265,7 +345,7 @@ class Lumina2Attention(nn.Module):
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(query.transpose(1, 2), attention_mask, "hidden_states"),
         ).transpose(1, 2)
         hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, self.heads * head_dim)
         hidden_states = hidden_states.type_as(query)
@@ -294,6 +374,8 @@ class Lumina2LuminaFeedForward(nn.Module):
         inner_dim: int,
         multiple_of: int | None = 256,
         ffn_dim_multiplier: float | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
     ):
         super().__init__()
         # custom hidden_size factor multiplier
@@ -301,25 +383,68 @@ class Lumina2LuminaFeedForward(nn.Module):
             inner_dim = int(ffn_dim_multiplier * inner_dim)
         inner_dim = multiple_of * ((inner_dim + multiple_of - 1) // multiple_of)
 
-        self.linear_1 = nn.Linear(
+        self.linear_1 = ColumnParallelLinear(
             dim,
             inner_dim,
+            gather_output=False,
             bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear_1",
         )
-        self.linear_2 = nn.Linear(
+        self.linear_2 = RowParallelLinear(
             inner_dim,
             dim,
+            input_is_parallel=True,
             bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear_2",
         )
-        self.linear_3 = nn.Linear(
+        self.linear_3 = ColumnParallelLinear(
             dim,
             inner_dim,
+            gather_output=False,
             bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear_3",
         )
         self.silu = Lumina2FP32SiLU()
 
     def forward(self, x):
         return self.linear_2(self.silu(self.linear_1(x)) * self.linear_3(x))
+
+
+class Lumina2LuminaRMSNormZero(nn.Module):
+    """`LuminaRMSNormZero` of Diffusers as this model uses it."""
+
+    def __init__(
+        self, embedding_dim: int, norm_eps: float, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ):
+        super().__init__()
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            min(embedding_dim, 1024),
+            4 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = RMSNorm(embedding_dim, eps=norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        scale_msa, gate_msa, scale_mlp, gate_mlp = emb.chunk(4, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None])
+
+        return x, gate_msa, scale_mlp, gate_mlp
 
 
 class Lumina2TransformerBlock(nn.Module):
@@ -334,6 +459,7 @@ class Lumina2TransformerBlock(nn.Module):
         modulation: bool = True,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.modulation = modulation
@@ -345,6 +471,7 @@ class Lumina2TransformerBlock(nn.Module):
             kv_heads=num_kv_heads,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
+            skip_sequence_parallel=skip_sequence_parallel,
         )
 
         self.feed_forward = Lumina2LuminaFeedForward(
@@ -352,13 +479,13 @@ class Lumina2TransformerBlock(nn.Module):
             inner_dim=4 * dim,
             multiple_of=multiple_of,
             ffn_dim_multiplier=ffn_dim_multiplier,
+            quant_config=quant_config,
+            prefix=f"{prefix}.feed_forward",
         )
 
         if modulation:
-            self.norm1 = LuminaRMSNormZero(
-                embedding_dim=dim,
-                norm_eps=norm_eps,
-                norm_elementwise_affine=True,
+            self.norm1 = Lumina2LuminaRMSNormZero(
+                embedding_dim=dim, norm_eps=norm_eps, quant_config=quant_config, prefix=f"{prefix}.norm1"
             )
         else:
             self.norm1 = RMSNorm(dim, eps=norm_eps)
@@ -452,6 +579,15 @@ class Lumina2Transformer2DModel(nn.Module):
     )
     stacked_params_mapping = [(".to_kv", ".to_k", 0), (".to_kv", ".to_v", 1)]
     packed_modules_mapping = {"to_kv": ["to_k", "to_v"]}
+    _sp_plan = {
+        "shard_rotary_emb": {0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True)},
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "norm_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -524,6 +660,7 @@ class Lumina2Transformer2DModel(nn.Module):
                     modulation=True,
                     quant_config=quant_config,
                     prefix=maybe_prefix(prefix, f"noise_refiner.{i}"),
+                    skip_sequence_parallel=True,
                 )
                 for i in range(num_refiner_layers)
             ]
@@ -541,6 +678,7 @@ class Lumina2Transformer2DModel(nn.Module):
                     modulation=False,
                     quant_config=quant_config,
                     prefix=maybe_prefix(prefix, f"context_refiner.{i}"),
+                    skip_sequence_parallel=True,
                 )
                 for i in range(num_refiner_layers)
             ]
@@ -573,6 +711,8 @@ class Lumina2Transformer2DModel(nn.Module):
             bias=True,
             out_dim=patch_size * patch_size * self.out_channels,
         )
+        self.shard_rotary_emb = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -646,6 +786,8 @@ class Lumina2Transformer2DModel(nn.Module):
             joint_hidden_states[i, encoder_seq_len:seq_len] = hidden_states[i]
 
         hidden_states = joint_hidden_states
+        rotary_emb = self.shard_rotary_emb(rotary_emb)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask if use_mask else None, rotary_emb, temb)

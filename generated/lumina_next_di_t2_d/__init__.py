@@ -3,7 +3,10 @@
 """Ports of the lumina_next_di_t2_d family."""
 
 from .lumina_next_di_t2_d_transformer import LuminaNextDiT2DModel
+from .pipeline_lumina import LuminaPipeline, get_lumina_post_process_func
 
 __all__ = [
     "LuminaNextDiT2DModel",
+    "LuminaPipeline",
+    "get_lumina_post_process_func",
 ]

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LuminaNextDiT2DModel (models/transformers/lumina_nextdit2d.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.LuminaNextDiT2DModel (models/transformers/lumina_nextdit2d.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,19 +16,53 @@ import torch.nn.functional as F
 from cache_dit import ForwardPattern
 from diffusers.models.embeddings import LuminaCombinedTimestepCaptionEmbedding, LuminaPatchEmbed, apply_rotary_emb
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import FP32LayerNorm, LpNorm, LuminaLayerNormContinuous, LuminaRMSNormZero, RMSNorm
+from diffusers.models.normalization import FP32LayerNorm, LpNorm, LuminaLayerNormContinuous, RMSNorm
 from torch import nn
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.platforms import current_omni_platform
 
 
-class LuminaNextDiT2DCrossAttention(nn.Module):
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@torch._dynamo.allow_in_graph
+class LuminaNextDiT2DSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `LuminaAttnProcessor2_0`."""
 
     def __init__(
@@ -90,7 +125,8 @@ class LuminaNextDiT2DCrossAttention(nn.Module):
             head_size=dim_head,
             softmax_scale=1.0,
             causal=False,
-            role="cross",
+            role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -158,8 +194,7 @@ class LuminaNextDiT2DCrossAttention(nn.Module):
 
         # scaled_dot_product_attention expects attention_mask shape to be
         # (batch, heads, source_length, target_length)
-        attention_mask = attention_mask.bool().view(batch_size, 1, 1, -1)
-        attention_mask = attention_mask.expand(-1, self.heads, sequence_length, -1)
+        attention_mask = attention_mask.bool()
 
         query = query.transpose(1, 2)
         key = key.transpose(1, 2)
@@ -178,7 +213,8 @@ class LuminaNextDiT2DCrossAttention(nn.Module):
         return hidden_states
 
 
-class LuminaNextDiT2DCrossAttention2(nn.Module):
+@torch._dynamo.allow_in_graph
+class LuminaNextDiT2DCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `LuminaAttnProcessor2_0`."""
 
     def __init__(
@@ -244,6 +280,7 @@ class LuminaNextDiT2DCrossAttention2(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -304,8 +341,7 @@ class LuminaNextDiT2DCrossAttention2(nn.Module):
 
         # scaled_dot_product_attention expects attention_mask shape to be
         # (batch, heads, source_length, target_length)
-        attention_mask = attention_mask.bool().view(batch_size, 1, 1, -1)
-        attention_mask = attention_mask.expand(-1, self.heads, sequence_length, -1)
+        attention_mask = attention_mask.bool()
 
         query = query.transpose(1, 2)
         key = key.transpose(1, 2)
@@ -343,6 +379,8 @@ class LuminaNextDiT2DLuminaFeedForward(nn.Module):
         inner_dim: int,
         multiple_of: int | None = 256,
         ffn_dim_multiplier: float | None = None,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
     ):
         super().__init__()
         # custom hidden_size factor multiplier
@@ -350,25 +388,68 @@ class LuminaNextDiT2DLuminaFeedForward(nn.Module):
             inner_dim = int(ffn_dim_multiplier * inner_dim)
         inner_dim = multiple_of * ((inner_dim + multiple_of - 1) // multiple_of)
 
-        self.linear_1 = nn.Linear(
+        self.linear_1 = ColumnParallelLinear(
             dim,
             inner_dim,
+            gather_output=False,
             bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear_1",
         )
-        self.linear_2 = nn.Linear(
+        self.linear_2 = RowParallelLinear(
             inner_dim,
             dim,
+            input_is_parallel=True,
             bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear_2",
         )
-        self.linear_3 = nn.Linear(
+        self.linear_3 = ColumnParallelLinear(
             dim,
             inner_dim,
+            gather_output=False,
             bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear_3",
         )
         self.silu = LuminaNextDiT2DFP32SiLU()
 
     def forward(self, x):
         return self.linear_2(self.silu(self.linear_1(x)) * self.linear_3(x))
+
+
+class LuminaNextDiT2DLuminaRMSNormZero(nn.Module):
+    """`LuminaRMSNormZero` of Diffusers as this model uses it."""
+
+    def __init__(
+        self, embedding_dim: int, norm_eps: float, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ):
+        super().__init__()
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            min(embedding_dim, 1024),
+            4 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = RMSNorm(embedding_dim, eps=norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        scale_msa, gate_msa, scale_mlp, gate_mlp = emb.chunk(4, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None])
+
+        return x, gate_msa, scale_mlp, gate_mlp
 
 
 class LuminaNextDiTBlock(nn.Module):
@@ -407,7 +488,7 @@ class LuminaNextDiTBlock(nn.Module):
         self.gate = nn.Parameter(torch.zeros([num_attention_heads]))
 
         # Self-attention
-        self.attn1 = LuminaNextDiT2DCrossAttention(
+        self.attn1 = LuminaNextDiT2DSelfAttention(
             query_dim=dim,
             dim_head=dim // num_attention_heads,
             qk_norm="layer_norm_across_heads" if qk_norm else None,
@@ -419,7 +500,7 @@ class LuminaNextDiTBlock(nn.Module):
         self.attn1.to_out = nn.Identity()
 
         # Cross-attention
-        self.attn2 = LuminaNextDiT2DCrossAttention2(
+        self.attn2 = LuminaNextDiT2DCrossAttention(
             query_dim=dim,
             cross_attention_dim=cross_attention_dim,
             dim_head=dim // num_attention_heads,
@@ -435,12 +516,12 @@ class LuminaNextDiTBlock(nn.Module):
             inner_dim=int(4 * 2 * dim / 3),
             multiple_of=multiple_of,
             ffn_dim_multiplier=ffn_dim_multiplier,
+            quant_config=quant_config,
+            prefix=f"{prefix}.feed_forward",
         )
 
-        self.norm1 = LuminaRMSNormZero(
-            embedding_dim=dim,
-            norm_eps=norm_eps,
-            norm_elementwise_affine=norm_elementwise_affine,
+        self.norm1 = LuminaNextDiT2DLuminaRMSNormZero(
+            embedding_dim=dim, norm_eps=norm_eps, quant_config=quant_config, prefix=f"{prefix}.norm1"
         )
         self.ffn_norm1 = RMSNorm(dim, eps=norm_eps, elementwise_affine=norm_elementwise_affine)
 

@@ -3,7 +3,9 @@
 """Ports of the mochi family."""
 
 from .mochi_transformer import MochiTransformer3DModel
+from .pipeline_mochi import MochiPipeline
 
 __all__ = [
+    "MochiPipeline",
     "MochiTransformer3DModel",
 ]

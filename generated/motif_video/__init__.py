@@ -3,7 +3,11 @@
 """Ports of the motif_video family."""
 
 from .motif_video_transformer import MotifVideoTransformer3DModel
+from .pipeline_motif_video import MotifVideoPipeline
+from .pipeline_motif_video_image2_video import MotifVideoImage2VideoPipeline
 
 __all__ = [
+    "MotifVideoImage2VideoPipeline",
+    "MotifVideoPipeline",
     "MotifVideoTransformer3DModel",
 ]

@@ -3,7 +3,10 @@
 """Ports of the nucleus_mo_e_image family."""
 
 from .nucleus_mo_e_image_transformer import NucleusMoEImageTransformer2DModel
+from .pipeline_nucleus_mo_e_image import NucleusMoEImagePipeline, get_nucleus_mo_e_image_post_process_func
 
 __all__ = [
+    "NucleusMoEImagePipeline",
     "NucleusMoEImageTransformer2DModel",
+    "get_nucleus_mo_e_image_post_process_func",
 ]

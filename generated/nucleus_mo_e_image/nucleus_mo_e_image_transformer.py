@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.NucleusMoEImageTransformer2DModel (models/transformers/transformer_nucleusmoe_image.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.NucleusMoEImageTransformer2DModel (models/transformers/transformer_nucleusmoe_image.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,9 +28,13 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.platforms import current_omni_platform
 
 logger = init_logger(__name__)
 
@@ -76,9 +81,13 @@ def _apply_rotary_emb_nucleus(
 
         return out
     else:
-        x_rotated = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        x_rotated = x.float().reshape(*x.shape[:-1], -1, 2)
         freqs_cis = freqs_cis.unsqueeze(1)
-        x_out = torch.view_as_real(x_rotated * freqs_cis).flatten(3)
+        real, imag = x_rotated.unbind(-1)
+        table_cos, table_sin = torch.view_as_real(freqs_cis).unbind(-1)
+        x_out = torch.stack((real * table_cos - imag * table_sin, real * table_sin + imag * table_cos), dim=-1).flatten(
+            3
+        )
 
         return x_out.type_as(x)
 
@@ -122,6 +131,34 @@ def _is_moe_layer(strategy: str, layer_idx: int, num_layers: int) -> bool:
     elif strategy == "all_dense":
         return False
     return True
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
 
 
 class NucleusMoEEmbedRope(nn.Module):
@@ -255,6 +292,7 @@ class NucleusMoETimestepProjEmbeddings(nn.Module):
         return self.norm(timesteps_emb)
 
 
+@torch._dynamo.allow_in_graph
 class NucleusMoEImageAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `NucleusMoEAttnProcessor2_0`."""
 
@@ -349,7 +387,8 @@ class NucleusMoEImageAttention(nn.Module):
             head_size=dim_head,
             softmax_scale=dim_head**-0.5,
             causal=False,
-            role="cross",
+            role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
@@ -673,7 +712,15 @@ class NucleusMoEImageTransformerBlock(nn.Module):
 
         self.img_mod = nn.Sequential(
             nn.SiLU(),
-            nn.Linear(dim, 4 * dim, bias=True),
+            ColumnParallelLinear(
+                dim,
+                4 * dim,
+                gather_output=True,
+                bias=True,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.img_mod.1",
+            ),
         )
 
         self.encoder_proj = nn.Linear(joint_attention_dim, dim)

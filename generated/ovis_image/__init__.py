@@ -3,7 +3,10 @@
 """Ports of the ovis_image family."""
 
 from .ovis_image_transformer import OvisImageTransformer2DModel
+from .pipeline_ovis_image import OvisImagePipeline, get_ovis_image_post_process_func
 
 __all__ = [
+    "OvisImagePipeline",
     "OvisImageTransformer2DModel",
+    "get_ovis_image_post_process_func",
 ]

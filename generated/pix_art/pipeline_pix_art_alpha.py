@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.PixArtAlphaPipeline (pipelines/pixart_alpha/pipeline_pixart_alpha.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.PixArtAlphaPipeline (pipelines/pixart_alpha/pipeline_pixart_alpha.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -240,7 +240,9 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         component_class.from_pretrained,
         od_config.model,
         subfolder=name,
-        prefetch_list=[key for key, value in model_index.items() if isinstance(value, list) and value[0]],
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
         local_files_only=os.path.isdir(od_config.model),
         revision=od_config.revision,
         **kwargs,
@@ -279,10 +281,7 @@ class PixArtAlphaPipeline(
         "callback": "the engine reports progress itself and calls nothing back",
         "callback_steps": "the engine reports progress itself and calls nothing back",
     }
-    _text_arguments: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "negative_prompt",
-    )
+    _text_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
     _tensor_arguments: ClassVar[tuple[str, ...]] = (
         "latents",
         "prompt_embeds",
@@ -723,9 +722,11 @@ class PixArtAlphaPipeline(
     def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
         for name, reason in self._refused_arguments.items():
-            if fields.get(name) is not None or sampling.extra_args.get(name) is not None:
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
         arguments = {
             "num_images_per_prompt": sampling.num_outputs_per_prompt,
             "num_inference_steps": sampling.num_inference_steps,
@@ -739,16 +740,25 @@ class PixArtAlphaPipeline(
             "output_type": sampling.output_type,
             "max_sequence_length": sampling.max_sequence_length,
             "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
-            "prompt": fields.get("prompt"),
-            "negative_prompt": fields.get("negative_prompt"),
-            "prompt_embeds": fields.get("prompt_embeds"),
-            "prompt_attention_mask": fields.get("prompt_attention_mask"),
-            "negative_prompt_embeds": fields.get("negative_prompt_embeds"),
-            "negative_prompt_attention_mask": fields.get("negative_prompt_attention_mask"),
-            "clean_caption": sampling.extra_args.get("clean_caption"),
-            "use_resolution_binning": sampling.extra_args.get("use_resolution_binning"),
         }
-        return {name: value for name, value in arguments.items() if value is not None}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "prompt_embeds",
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            "negative_prompt_attention_mask",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        for name in (
+            "clean_caption",
+            "use_resolution_binning",
+        ):
+            if name in sampling.extra_args:
+                arguments[name] = sampling.extra_args[name]
+        return arguments
 
     def prepare_generation(
         self,
@@ -890,10 +900,10 @@ class PixArtAlphaPipeline(
             {
                 "latents": latents,
                 "timesteps": timesteps,
-                "do_classifier_free_guidance": do_classifier_free_guidance,
                 "prompt_embeds": prompt_embeds,
                 "prompt_attention_mask": prompt_attention_mask,
                 "added_cond_kwargs": added_cond_kwargs,
+                "do_classifier_free_guidance": do_classifier_free_guidance,
                 "guidance_scale": guidance_scale,
                 "latent_channels": latent_channels,
                 "num_inference_steps": num_inference_steps,
@@ -909,18 +919,18 @@ class PixArtAlphaPipeline(
 
     def predict_guided_noise(
         self,
-        do_classifier_free_guidance,
         latents,
+        scheduler,
         t,
         prompt_embeds,
         prompt_attention_mask,
         added_cond_kwargs,
+        do_classifier_free_guidance,
         guidance_scale,
-        latent_channels,
     ) -> torch.Tensor:
         """The prediction that one scheduler step takes, guided if the request is."""
-        latent_model_input = torch.cat([latents] * 2) if do_classifier_free_guidance else latents
-        latent_model_input = self.scheduler.scale_model_input(latent_model_input, t)
+        latent_model_input = latents
+        latent_model_input = scheduler.scale_model_input(latent_model_input, t)
 
         current_timestep = t
         if not torch.is_tensor(current_timestep):
@@ -935,30 +945,44 @@ class PixArtAlphaPipeline(
             current_timestep = current_timestep[None].to(latent_model_input.device)
         # broadcast to batch dimension in a way that's compatible with ONNX/Core ML
         current_timestep = current_timestep.expand(latent_model_input.shape[0])
-
-        # predict noise model_output
-        noise_pred = self.transformer(
-            latent_model_input,
-            encoder_hidden_states=prompt_embeds,
-            encoder_attention_mask=prompt_attention_mask,
-            timestep=current_timestep,
-            added_cond_kwargs=added_cond_kwargs,
-            return_dict=False,
-        )[0]
-
-        # perform guidance
+        positive_kwargs = {
+            "hidden_states": latent_model_input,
+            "encoder_hidden_states": prompt_embeds,
+            "encoder_attention_mask": prompt_attention_mask,
+            "timestep": current_timestep,
+            "added_cond_kwargs": added_cond_kwargs,
+        }
+        negative_kwargs = None
         if do_classifier_free_guidance:
-            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
-            noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
+            negative_added_cond_kwargs = {
+                key: None if each is None else each.chunk(2)[0] for key, each in added_cond_kwargs.items()
+            }
+            added_cond_kwargs = {
+                key: None if each is None else each.chunk(2)[1] for key, each in added_cond_kwargs.items()
+            }
+            negative_prompt_attention_mask, prompt_attention_mask = prompt_attention_mask.chunk(2)
+            negative_prompt_embeds, prompt_embeds = prompt_embeds.chunk(2)
+            negative_kwargs = positive_kwargs | {
+                "encoder_hidden_states": negative_prompt_embeds,
+                "encoder_attention_mask": negative_prompt_attention_mask,
+                "added_cond_kwargs": negative_added_cond_kwargs,
+            }
+            positive_kwargs = positive_kwargs | {
+                "encoder_hidden_states": prompt_embeds,
+                "encoder_attention_mask": prompt_attention_mask,
+                "added_cond_kwargs": added_cond_kwargs,
+            }
+        return self.predict_noise_maybe_with_cfg(
+            do_classifier_free_guidance, guidance_scale, positive_kwargs, negative_kwargs, cfg_normalize=False
+        )
+
+    def step_latents(self, scheduler, noise_pred, t, latent_channels, num_inference_steps, latents, extra_step_kwargs):
 
         # learned sigma
         if self.transformer.config.out_channels // 2 == latent_channels:
             noise_pred = noise_pred.chunk(2, dim=1)[0]
         else:
             noise_pred = noise_pred
-        return noise_pred
-
-    def step_latents(self, scheduler, noise_pred, t, num_inference_steps, latents, extra_step_kwargs):
 
         # compute previous image: x_t -> x_t-1
         if num_inference_steps == 1:
@@ -971,10 +995,10 @@ class PixArtAlphaPipeline(
         self,
         latents,
         timesteps,
-        do_classifier_free_guidance,
         prompt_embeds,
         prompt_attention_mask,
         added_cond_kwargs,
+        do_classifier_free_guidance,
         guidance_scale,
         latent_channels,
         num_inference_steps,
@@ -984,19 +1008,20 @@ class PixArtAlphaPipeline(
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for t in timesteps:
                 noise_pred = self.predict_guided_noise(
-                    do_classifier_free_guidance=do_classifier_free_guidance,
                     latents=latents,
+                    scheduler=self.scheduler,
                     t=t,
                     prompt_embeds=prompt_embeds,
                     prompt_attention_mask=prompt_attention_mask,
                     added_cond_kwargs=added_cond_kwargs,
+                    do_classifier_free_guidance=do_classifier_free_guidance,
                     guidance_scale=guidance_scale,
-                    latent_channels=latent_channels,
                 )
                 latents = self.step_latents(
                     self.scheduler,
                     noise_pred=noise_pred,
                     t=t,
+                    latent_channels=latent_channels,
                     num_inference_steps=num_inference_steps,
                     latents=latents,
                     extra_step_kwargs=extra_step_kwargs,
@@ -1020,9 +1045,6 @@ class PixArtAlphaPipeline(
                 image = self.image_processor.resize_and_crop_tensor(image, orig_width, orig_height)
         else:
             image = latents
-
-        if not output_type == "latent":
-            pass
         return image
 
     def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
@@ -1052,11 +1074,15 @@ class PixArtAlphaPipeline(
         merged: dict[str, Any] = {}
         for name, value in first.items():
             values = [arguments[name] for arguments in requests]
-            if name in self._text_arguments and all(isinstance(v, str) for v in values):
+            if all(v is None for v in values):
+                merged[name] = None
+            elif name in self._text_arguments and all(isinstance(v, str) for v in values):
                 merged[name] = values
             elif name == "generator" and all(isinstance(v, torch.Generator) for v in values):
                 merged[name] = values
-            elif name in self._tensor_arguments and all(v.shape == value.shape and v.shape[0] == 1 for v in values):
+            elif name in self._tensor_arguments and all(
+                isinstance(v, torch.Tensor) and v.shape == value.shape and v.shape[0] == 1 for v in values
+            ):
                 merged[name] = torch.cat(values)
             elif name not in ("generator", *self._text_arguments, *self._tensor_arguments) and all(
                 not isinstance(v, torch.Tensor) and np.array_equal(v, value) for v in values
@@ -1085,14 +1111,14 @@ class PixArtAlphaPipeline(
             inputs = state.extra["denoise"]
             predictions.append(
                 self.predict_guided_noise(
-                    do_classifier_free_guidance=inputs["do_classifier_free_guidance"],
                     latents=state.latents,
+                    scheduler=state.scheduler,
                     t=state.current_timestep,
                     prompt_embeds=inputs["prompt_embeds"],
                     prompt_attention_mask=inputs["prompt_attention_mask"],
                     added_cond_kwargs=inputs["added_cond_kwargs"],
+                    do_classifier_free_guidance=inputs["do_classifier_free_guidance"],
                     guidance_scale=inputs["guidance_scale"],
-                    latent_channels=inputs["latent_channels"],
                 )
             )
         return torch.cat(predictions)
@@ -1104,6 +1130,7 @@ class PixArtAlphaPipeline(
             state.scheduler,
             noise_pred=noise_pred,
             t=state.current_timestep,
+            latent_channels=inputs["latent_channels"],
             num_inference_steps=inputs["num_inference_steps"],
             latents=state.latents,
             extra_step_kwargs=inputs["extra_step_kwargs"],

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.PRXTransformer2DModel (models/transformers/transformer_prx.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.PRXTransformer2DModel (models/transformers/transformer_prx.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,15 +19,25 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import RMSNorm
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
-from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed.utils import divide
+from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 
 def get_image_ids(batch_size: int, height: int, width: int, patch_size: int, device: torch.device) -> torch.Tensor:
@@ -146,6 +158,73 @@ def seq2img(seq: torch.Tensor, patch_size: int, shape: torch.Tensor) -> torch.Te
     # Final reshape to (B, C, H, W)
     seq = seq.reshape(b, c, h, w)
     return seq
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 # inspired from https://github.com/black-forest-labs/flux/blob/main/src/flux/modules/layers.py
@@ -306,23 +385,48 @@ class PRXAttention(nn.Module):
         self.head_dim = dim_head
         self.inner_dim = dim_head * heads
 
-        self.img_qkv_proj = nn.Linear(query_dim, query_dim * 3, bias=bias)
+        self.img_qkv_proj = MergedColumnParallelLinear(
+            query_dim,
+            [query_dim] * 3,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.img_qkv_proj",
+        )
 
         self.norm_q = RMSNorm(dim_head, eps=eps, elementwise_affine=True)
         self.norm_k = RMSNorm(dim_head, eps=eps, elementwise_affine=True)
 
-        self.txt_kv_proj = nn.Linear(query_dim, query_dim * 2, bias=bias)
+        self.txt_kv_proj = MergedColumnParallelLinear(
+            query_dim,
+            [query_dim] * 2,
+            bias=bias,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.txt_kv_proj",
+        )
         self.norm_added_k = RMSNorm(dim_head, eps=eps, elementwise_affine=True)
 
         self.to_out = nn.ModuleList([])
-        self.to_out.append(nn.Linear(self.inner_dim, query_dim, bias=out_bias))
+        self.to_out.append(
+            RowParallelLinear(
+                self.inner_dim,
+                query_dim,
+                input_is_parallel=True,
+                bias=out_bias,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.to_out.0",
+            )
+        )
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=self.head_dim,
             softmax_scale=self.head_dim**-0.5,
             causal=False,
             role="cross",
-            skip_sequence_parallel=True,
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -388,7 +492,7 @@ class PRXAttention(nn.Module):
             ones_img = torch.ones((bs, l_img), dtype=torch.bool, device=device)
             attention_mask = attention_mask.to(device=device, dtype=torch.bool)
             joint_mask = torch.cat([attention_mask, ones_img], dim=-1)
-            attn_mask_tensor = joint_mask[:, None, None, :].expand(-1, self.heads, l_img, -1)
+            attn_mask_tensor = joint_mask
 
         # Apply attention using dispatch_attention_fn for backend support
         # Reshape to match dispatch_attention_fn expectations: [B, L, H, D]
@@ -397,10 +501,7 @@ class PRXAttention(nn.Module):
         value = v.transpose(1, 2)  # [B, L_txt + L_img, H, D]
 
         attn_output = self.attn(
-            query,
-            key,
-            value,
-            attn_metadata=AttentionMetadata(attn_mask=attn_mask_tensor) if attn_mask_tensor is not None else None,
+            query, key, value, attn_metadata=sequence_metadata(query, attn_mask_tensor, "txt", "img")
         )
 
         # Reshape from [B, L_img, H, D] to [B, L_img, H*D]
@@ -429,9 +530,17 @@ class Modulation(nn.Module):
             Two tuples `(shift, scale, gate)`.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
         super().__init__()
-        self.lin = nn.Linear(dim, 6 * dim, bias=True)
+        self.lin = ColumnParallelLinear(
+            dim,
+            6 * dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.lin",
+        )
         torch.nn.init.constant_(self.lin.weight, 0)
         torch.nn.init.constant_(self.lin.bias, 0)
 
@@ -534,7 +643,7 @@ class PRXBlock(nn.Module):
         )
         self.mlp_act = nn.GELU(approximate="tanh")
 
-        self.modulation = Modulation(hidden_size)
+        self.modulation = Modulation(hidden_size, quant_config=quant_config, prefix=f"{prefix}.modulation")
 
     def forward(
         self,
@@ -704,6 +813,21 @@ class PRXTransformer2DModel(nn.Module):
     _cache_dit_adapter_config = CacheDiTAdapterConfig(block_forward_patterns={"blocks": ForwardPattern.Pattern_2})
 
     config_name = "config.json"
+    _sp_plan = {
+        "shard_pe": {0: SequenceParallelInput(split_dim=-4, split_output=True, auto_pad=True)},
+        "shard_img": {
+            0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="img")
+        },
+        "shard_txt": {
+            0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="txt")
+        },
+        "shard_attention_mask": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=2, split_output=True, auto_pad=True, shard_group="attention_mask"
+            )
+        },
+        "final_layer": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="img"),
+    }
 
     def __init__(
         self,
@@ -804,6 +928,10 @@ class PRXTransformer2DModel(nn.Module):
         )
 
         self.final_layer = FinalLayer(self.hidden_size, 1, self.out_channels)
+        self.shard_pe = nn.Identity()
+        self.shard_img = nn.Identity()
+        self.shard_txt = nn.Identity()
+        self.shard_attention_mask = nn.Identity()
 
     def forward(
         self,
@@ -873,6 +1001,11 @@ class PRXTransformer2DModel(nn.Module):
             height = torch.full((bs,), h, device=hidden_states.device, dtype=torch.float32)
             width = torch.full((bs,), w, device=hidden_states.device, dtype=torch.float32)
             vec = vec + self.resolution_embedder(height, width, dtype=vec.dtype)
+        pe = self.shard_pe(pe)
+        img = self.shard_img(img)
+        txt = self.shard_txt(txt)
+        if attention_mask is not None:
+            attention_mask = self.shard_attention_mask(attention_mask)
 
         # Apply transformer blocks
         for block in self.blocks:

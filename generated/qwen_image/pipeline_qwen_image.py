@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.QwenImagePipeline (pipelines/qwenimage/pipeline_qwenimage.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.QwenImagePipeline (pipelines/qwenimage/pipeline_qwenimage.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         component_class.from_pretrained,
         od_config.model,
         subfolder=name,
-        prefetch_list=[key for key, value in model_index.items() if isinstance(value, list) and value[0]],
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
         local_files_only=os.path.isdir(od_config.model),
         revision=od_config.revision,
         **kwargs,
@@ -430,9 +432,11 @@ class QwenImagePipeline(
     def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
         for name, reason in self._refused_arguments.items():
-            if fields.get(name) is not None or sampling.extra_args.get(name) is not None:
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
         arguments = {
             "num_images_per_prompt": sampling.num_outputs_per_prompt,
             "true_cfg_scale": sampling.true_cfg_scale,
@@ -445,14 +449,19 @@ class QwenImagePipeline(
             "output_type": sampling.output_type,
             "max_sequence_length": sampling.max_sequence_length,
             "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
-            "prompt": fields.get("prompt"),
-            "negative_prompt": fields.get("negative_prompt"),
-            "prompt_embeds": fields.get("prompt_embeds"),
-            "prompt_embeds_mask": fields.get("prompt_embeds_mask"),
-            "negative_prompt_embeds": fields.get("negative_prompt_embeds"),
-            "negative_prompt_embeds_mask": fields.get("negative_prompt_embeds_mask"),
         }
-        return {name: value for name, value in arguments.items() if value is not None}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "prompt_embeds",
+            "prompt_embeds_mask",
+            "negative_prompt_embeds",
+            "negative_prompt_embeds_mask",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        return arguments
 
     def prepare_generation(
         self,
@@ -579,6 +588,8 @@ class QwenImagePipeline(
         elif not self.transformer.config.guidance_embeds and guidance_scale is None:
             guidance = None
 
+        attention_kwargs = {}
+
         # 6. Denoising loop
         self.scheduler.set_begin_index(0)
         return (
@@ -589,6 +600,7 @@ class QwenImagePipeline(
                 "prompt_embeds_mask": prompt_embeds_mask,
                 "prompt_embeds": prompt_embeds,
                 "img_shapes": img_shapes,
+                "attention_kwargs": attention_kwargs,
                 "do_true_cfg": do_true_cfg,
                 "negative_prompt_embeds_mask": negative_prompt_embeds_mask,
                 "negative_prompt_embeds": negative_prompt_embeds,
@@ -609,6 +621,7 @@ class QwenImagePipeline(
         prompt_embeds_mask,
         prompt_embeds,
         img_shapes,
+        attention_kwargs,
         do_true_cfg,
         negative_prompt_embeds_mask,
         negative_prompt_embeds,
@@ -624,6 +637,7 @@ class QwenImagePipeline(
             "encoder_hidden_states_mask": prompt_embeds_mask,
             "encoder_hidden_states": prompt_embeds,
             "img_shapes": img_shapes,
+            "attention_kwargs": attention_kwargs,
         }
         negative_kwargs = positive_kwargs | {
             "encoder_hidden_states_mask": negative_prompt_embeds_mask,
@@ -641,6 +655,7 @@ class QwenImagePipeline(
         prompt_embeds_mask,
         prompt_embeds,
         img_shapes,
+        attention_kwargs,
         do_true_cfg,
         negative_prompt_embeds_mask,
         negative_prompt_embeds,
@@ -656,6 +671,7 @@ class QwenImagePipeline(
                     prompt_embeds_mask=prompt_embeds_mask,
                     prompt_embeds=prompt_embeds,
                     img_shapes=img_shapes,
+                    attention_kwargs=attention_kwargs,
                     do_true_cfg=do_true_cfg,
                     negative_prompt_embeds_mask=negative_prompt_embeds_mask,
                     negative_prompt_embeds=negative_prompt_embeds,
@@ -718,11 +734,15 @@ class QwenImagePipeline(
         merged: dict[str, Any] = {}
         for name, value in first.items():
             values = [arguments[name] for arguments in requests]
-            if name in self._text_arguments and all(isinstance(v, str) for v in values):
+            if all(v is None for v in values):
+                merged[name] = None
+            elif name in self._text_arguments and all(isinstance(v, str) for v in values):
                 merged[name] = values
             elif name == "generator" and all(isinstance(v, torch.Generator) for v in values):
                 merged[name] = values
-            elif name in self._tensor_arguments and all(v.shape == value.shape and v.shape[0] == 1 for v in values):
+            elif name in self._tensor_arguments and all(
+                isinstance(v, torch.Tensor) and v.shape == value.shape and v.shape[0] == 1 for v in values
+            ):
                 merged[name] = torch.cat(values)
             elif name not in ("generator", *self._text_arguments, *self._tensor_arguments) and all(
                 not isinstance(v, torch.Tensor) and np.array_equal(v, value) for v in values
@@ -757,6 +777,7 @@ class QwenImagePipeline(
                     prompt_embeds_mask=inputs["prompt_embeds_mask"],
                     prompt_embeds=inputs["prompt_embeds"],
                     img_shapes=inputs["img_shapes"],
+                    attention_kwargs=inputs["attention_kwargs"],
                     do_true_cfg=inputs["do_true_cfg"],
                     negative_prompt_embeds_mask=inputs["negative_prompt_embeds_mask"],
                     negative_prompt_embeds=inputs["negative_prompt_embeds"],

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,9 +29,17 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 logger = init_logger(__name__)  # pylint: disable=invalid-name
 
@@ -76,9 +85,13 @@ def apply_rotary_emb_qwen(
 
         return out
     else:
-        x_rotated = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        x_rotated = x.float().reshape(*x.shape[:-1], -1, 2)
         freqs_cis = freqs_cis.unsqueeze(1)
-        x_out = torch.view_as_real(x_rotated * freqs_cis).flatten(3)
+        real, imag = x_rotated.unbind(-1)
+        table_cos, table_sin = torch.view_as_real(freqs_cis).unbind(-1)
+        x_out = torch.stack((real * table_cos - imag * table_sin, real * table_sin + imag * table_cos), dim=-1).flatten(
+            3
+        )
 
         return x_out.type_as(x)
 
@@ -143,6 +156,73 @@ def compute_text_seq_len_from_mask(
         torch.as_tensor(text_seq_len, device=encoder_hidden_states.device),
     )
     return text_seq_len, per_sample_len, encoder_hidden_states_mask
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class QwenEmbedRope(nn.Module):
@@ -437,6 +517,7 @@ class QwenTimestepProjEmbeddings(nn.Module):
         return conditioning
 
 
+@torch._dynamo.allow_in_graph
 class QwenImageAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `QwenDoubleStreamAttnProcessor2_0`."""
 
@@ -510,6 +591,7 @@ class QwenImageAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -526,7 +608,6 @@ class QwenImageAttention(nn.Module):
             seq_img = hidden_states.shape[1]
             image_mask = torch.ones((hidden_states.shape[0], seq_img), dtype=torch.bool, device=hidden_states.device)
             attention_mask = torch.cat([encoder_hidden_states_mask, image_mask], dim=1)
-            attention_mask = attention_mask[:, None, None, :]
 
         seq_txt = encoder_hidden_states.shape[1]
 
@@ -572,7 +653,7 @@ class QwenImageAttention(nn.Module):
             joint_query,
             joint_key,
             joint_value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata(joint_query, attention_mask, "encoder_hidden_states", "hidden_states"),
         )
 
         # Reshape back
@@ -646,6 +727,7 @@ class QwenImageFeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class QwenImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -661,7 +743,15 @@ class QwenImageTransformerBlock(nn.Module):
         # Image processing modules
         self.img_mod = nn.Sequential(
             nn.SiLU(),
-            nn.Linear(dim, 6 * dim, bias=True),  # For scale, shift, gate for norm1 and norm2
+            ColumnParallelLinear(
+                dim,
+                6 * dim,
+                gather_output=True,
+                bias=True,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.img_mod.1",
+            ),  # For scale, shift, gate for norm1 and norm2
         )
         self.img_norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
         self.attn = QwenImageAttention(
@@ -678,7 +768,15 @@ class QwenImageTransformerBlock(nn.Module):
         # Text processing modules
         self.txt_mod = nn.Sequential(
             nn.SiLU(),
-            nn.Linear(dim, 6 * dim, bias=True),  # For scale, shift, gate for norm1 and norm2
+            ColumnParallelLinear(
+                dim,
+                6 * dim,
+                gather_output=True,
+                bias=True,
+                return_bias=False,
+                quant_config=quant_config,
+                prefix=f"{prefix}.txt_mod.1",
+            ),  # For scale, shift, gate for norm1 and norm2
         )
         self.txt_norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
         # Text doesn't need separate attention - it's handled by img_attn joint computation
@@ -831,6 +929,29 @@ class QwenImageTransformer2DModel(nn.Module):
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
     }
+    _sp_plan = {
+        "shard_image_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+        },
+        "shard_modulate_index": {0: SequenceParallelInput(split_dim=-1, split_output=True, auto_pad=True)},
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "shard_encoder_hidden_states_mask": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=2, split_output=True, auto_pad=True, shard_group="encoder_hidden_states_mask"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -902,6 +1023,11 @@ class QwenImageTransformer2DModel(nn.Module):
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels, bias=True)
         self.zero_cond_t = zero_cond_t
+        self.shard_image_rotary_emb = nn.Identity()
+        self.shard_modulate_index = nn.Identity()
+        self.shard_encoder_hidden_states = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
+        self.shard_encoder_hidden_states_mask = nn.Identity()
 
     def forward(
         self,
@@ -986,6 +1112,12 @@ class QwenImageTransformer2DModel(nn.Module):
         )
 
         image_rotary_emb = self.pos_embed(img_shapes, max_txt_seq_len=text_seq_len, device=hidden_states.device)
+        image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
+        if modulate_index is not None:
+            modulate_index = self.shard_modulate_index(modulate_index)
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
+        hidden_states = self.shard_hidden_states(hidden_states)
+        encoder_hidden_states_mask = self.shard_encoder_hidden_states_mask(encoder_hidden_states_mask)
 
         for index_block, block in enumerate(self.transformer_blocks):
             encoder_hidden_states, hidden_states = block(

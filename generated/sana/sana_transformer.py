@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SanaTransformer2DModel (models/transformers/sana_transformer.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.SanaTransformer2DModel (models/transformers/sana_transformer.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +30,55 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.platforms import current_omni_platform
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+class TensorParallelL2Norm(nn.Module):
+    """Division by the Euclidean norm over a dimension that is sharded over the tensor-parallel ranks."""
+
+    def __init__(self, eps: float = 1e-12):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        squares = hidden_states.float().square().sum(dim=-1, keepdim=True)
+        if get_tensor_model_parallel_world_size() > 1:
+            squares = tensor_model_parallel_all_reduce(squares)
+        return (hidden_states.float() / squares.sqrt().clamp_min(self.eps)).type_as(hidden_states)
 
 
 class TensorParallelLayerNorm(nn.Module):
@@ -86,6 +133,13 @@ class TensorParallelRMSNorm(nn.Module):
         return (states * self.weight.float()).type_as(hidden_states)
 
 
+def single_rank(norm: nn.Module) -> nn.Module:
+    """A norm over all heads that has no tensor-parallel form."""
+    if get_tensor_model_parallel_world_size() > 1:
+        raise NotImplementedError(f"{type(norm).__name__} over all heads can't be divided among tensor-parallel ranks")
+    return norm
+
+
 class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
     def __init__(self, embedding_dim):
         super().__init__()
@@ -109,6 +163,7 @@ class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
         return self.linear(self.silu(conditioning)), conditioning
 
 
+@torch._dynamo.allow_in_graph
 class SanaSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `SanaLinearAttnProcessor2_0`."""
 
@@ -203,6 +258,7 @@ class SanaSelfAttention(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class SanaCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `SanaAttnProcessor2_0`."""
 
@@ -232,8 +288,8 @@ class SanaCrossAttention(nn.Module):
             self.norm_q = TensorParallelLayerNorm(dim_head, eps=1e-5)
             self.norm_k = TensorParallelLayerNorm(dim_head, eps=1e-5)
         elif qk_norm == "fp32_layer_norm":
-            self.norm_q = FP32LayerNorm(dim_head, elementwise_affine=False, bias=False, eps=1e-5)
-            self.norm_k = FP32LayerNorm(dim_head, elementwise_affine=False, bias=False, eps=1e-5)
+            self.norm_q = single_rank(FP32LayerNorm(dim_head, elementwise_affine=False, bias=False, eps=1e-5))
+            self.norm_k = single_rank(FP32LayerNorm(dim_head, elementwise_affine=False, bias=False, eps=1e-5))
         elif qk_norm == "layer_norm_across_heads":
             # Lumina applies qk norm across all heads
             self.norm_q = TensorParallelLayerNorm(dim_head * heads, eps=1e-5)
@@ -246,8 +302,8 @@ class SanaCrossAttention(nn.Module):
             self.norm_q = TensorParallelRMSNorm(dim_head * heads, eps=1e-5)
             self.norm_k = TensorParallelRMSNorm(dim_head * kv_heads, eps=1e-5)
         elif qk_norm == "l2":
-            self.norm_q = LpNorm(p=2, dim=-1, eps=1e-5)
-            self.norm_k = LpNorm(p=2, dim=-1, eps=1e-5)
+            self.norm_q = TensorParallelL2Norm(eps=1e-5)
+            self.norm_k = TensorParallelL2Norm(eps=1e-5)
         else:
             raise ValueError(
                 f"unknown qk_norm: {qk_norm}. Should be one of None, 'layer_norm', 'fp32_layer_norm', 'layer_norm_across_heads', 'rms_norm', 'rms_norm_across_heads', 'l2'."
@@ -292,6 +348,7 @@ class SanaCrossAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="cross",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableDiffusion3Pipeline (pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.StableDiffusion3Pipeline (pipelines/stable_diffusion_3/pipeline_stable_diffusion_3.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -138,7 +138,9 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         component_class.from_pretrained,
         od_config.model,
         subfolder=name,
-        prefetch_list=[key for key, value in model_index.items() if isinstance(value, list) and value[0]],
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
         local_files_only=os.path.isdir(od_config.model),
         revision=od_config.revision,
         **kwargs,
@@ -163,7 +165,7 @@ def get_stable_diffusion3_post_process_func(od_config: OmniDiffusionConfig) -> C
 class StableDiffusion3Pipeline(
     nn.Module, CFGParallelMixin, ProgressBarMixin, DiffusionPipelineProfilerMixin, SupportsComponentDiscovery
 ):
-    """Args: transformer ([`SD3Transformer2DModel`]): Conditional Transformer (MMDiT) architecture to denoise the encoded image latents. scheduler ([`FlowMatchEulerDiscreteScheduler`]): A scheduler to be used in combination with `transformer` to denoise the encoded image latents. vae ([`AutoencoderKL`]): Variational Auto-Encoder (VAE) Model to encode and decode images to and from latent representations. text_encoder ([`CLIPTextModelWithProjection`]): [CLIP](https://huggingface.co/docs/transformers/model_doc/clip#transformers.CLIPTextModelWithProjection), specifically the [clip-vit-large-patch14](https://huggingface.co/openai/clip-vit-large-patch14) variant, with an additional added projection layer that is initialized with a diagonal matrix with the `hidden_size` as its dimension. text_encoder_2 ([`CLIPTextModelWithProjection`]): [CLIP](https://huggingface.co/docs/transformers/model_doc/clip#transformers.CLIPTextModelWithProjection), specifically the [laion/CLIP-ViT-bigG-14-laion2B-39B-b160k](https://huggingface.co/laion/CLIP-ViT-bigG-14-laion2B-39B-b160k) variant. text_encoder_3 ([`T5EncoderModel`]): Frozen text-encoder. Stable Diffusion 3 uses [T5](https://huggingface.co/docs/transformers/model_doc/t5#transformers.T5EncoderModel), specifically the [t5-v1_1-xxl](https://huggingface.co/google/t5-v1_1-xxl) variant. tokenizer (`CLIPTokenizer`): Tokenizer of class [CLIPTokenizer](https://huggingface.co/docs/transformers/v4.21.0/en/model_doc/clip#transformers.CLIPTokenizer). tokenizer_2 (`CLIPTokenizer`): Second Tokenizer of class [CLIPTokenizer](https://huggingface.co/docs/transformers/v4.21.0/en/model_doc/clip#transformers.CLIPTokenizer). tokenizer_3 (`T5TokenizerFast`): Tokenizer of class [T5Tokenizer](https://huggingface.co/docs/transformers/model_doc/t5#transformers.T5Tokenizer). image_encoder (`SiglipVisionModel`, *optional*): Pre-trained Vision Model for IP Adapter. feature_extractor (`SiglipImageProcessor`, *optional*): Image processor for IP Adapter."""
+    """Port of Diffusers' StableDiffusion3Pipeline."""
 
     supports_request_batch: ClassVar[bool] = True
     supports_step_execution: ClassVar[bool] = True
@@ -636,9 +638,11 @@ class StableDiffusion3Pipeline(
     def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
         for name, reason in self._refused_arguments.items():
-            if fields.get(name) is not None or sampling.extra_args.get(name) is not None:
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
         arguments = {
             "num_images_per_prompt": sampling.num_outputs_per_prompt,
             "height": sampling.height,
@@ -650,24 +654,33 @@ class StableDiffusion3Pipeline(
             "output_type": sampling.output_type,
             "max_sequence_length": sampling.max_sequence_length,
             "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
-            "prompt": fields.get("prompt"),
-            "prompt_2": fields.get("prompt_2"),
-            "prompt_3": fields.get("prompt_3"),
-            "negative_prompt": fields.get("negative_prompt"),
-            "negative_prompt_2": fields.get("negative_prompt_2"),
-            "negative_prompt_3": fields.get("negative_prompt_3"),
-            "prompt_embeds": fields.get("prompt_embeds"),
-            "negative_prompt_embeds": fields.get("negative_prompt_embeds"),
-            "pooled_prompt_embeds": fields.get("pooled_prompt_embeds"),
-            "negative_pooled_prompt_embeds": fields.get("negative_pooled_prompt_embeds"),
-            "clip_skip": sampling.extra_args.get("clip_skip"),
-            "skip_guidance_layers": sampling.extra_args.get("skip_guidance_layers"),
-            "skip_layer_guidance_scale": sampling.extra_args.get("skip_layer_guidance_scale"),
-            "skip_layer_guidance_stop": sampling.extra_args.get("skip_layer_guidance_stop"),
-            "skip_layer_guidance_start": sampling.extra_args.get("skip_layer_guidance_start"),
-            "mu": sampling.extra_args.get("mu"),
         }
-        return {name: value for name, value in arguments.items() if value is not None}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "prompt_2",
+            "prompt_3",
+            "negative_prompt",
+            "negative_prompt_2",
+            "negative_prompt_3",
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "pooled_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        for name in (
+            "clip_skip",
+            "skip_guidance_layers",
+            "skip_layer_guidance_scale",
+            "skip_layer_guidance_stop",
+            "skip_layer_guidance_start",
+            "mu",
+        ):
+            if name in sampling.extra_args:
+                arguments[name] = sampling.extra_args[name]
+        return arguments
 
     def prepare_generation(
         self,
@@ -753,8 +766,8 @@ class StableDiffusion3Pipeline(
             max_sequence_length=max_sequence_length,
         )
 
-        original_prompt_embeds = None
         original_pooled_prompt_embeds = None
+        original_prompt_embeds = None
         if do_classifier_free_guidance:
             if skip_guidance_layers is not None:
                 original_prompt_embeds = prompt_embeds
@@ -804,17 +817,17 @@ class StableDiffusion3Pipeline(
             {
                 "latents": latents,
                 "timesteps": timesteps,
-                "do_classifier_free_guidance": do_classifier_free_guidance,
                 "prompt_embeds": prompt_embeds,
                 "pooled_prompt_embeds": pooled_prompt_embeds,
+                "do_classifier_free_guidance": do_classifier_free_guidance,
                 "guidance_scale": guidance_scale,
                 "num_inference_steps": num_inference_steps,
+                "original_pooled_prompt_embeds": original_pooled_prompt_embeds,
+                "original_prompt_embeds": original_prompt_embeds,
+                "skip_guidance_layers": skip_guidance_layers,
+                "skip_layer_guidance_scale": skip_layer_guidance_scale,
                 "skip_layer_guidance_start": skip_layer_guidance_start,
                 "skip_layer_guidance_stop": skip_layer_guidance_stop,
-                "skip_guidance_layers": skip_guidance_layers,
-                "original_prompt_embeds": original_prompt_embeds,
-                "original_pooled_prompt_embeds": original_pooled_prompt_embeds,
-                "skip_layer_guidance_scale": skip_layer_guidance_scale,
             },
             {
                 "output_type": output_type,
@@ -823,97 +836,140 @@ class StableDiffusion3Pipeline(
 
     def predict_guided_noise(
         self,
-        do_classifier_free_guidance,
         latents,
         t,
         prompt_embeds,
         pooled_prompt_embeds,
+        do_classifier_free_guidance,
         guidance_scale,
         i,
         num_inference_steps,
+        original_pooled_prompt_embeds,
+        original_prompt_embeds,
+        skip_guidance_layers,
+        skip_layer_guidance_scale,
         skip_layer_guidance_start,
         skip_layer_guidance_stop,
-        skip_guidance_layers,
-        original_prompt_embeds,
-        original_pooled_prompt_embeds,
-        skip_layer_guidance_scale,
     ) -> torch.Tensor:
         """The prediction that one scheduler step takes, guided if the request is."""
 
         # expand the latents if we are doing classifier free guidance
-        latent_model_input = torch.cat([latents] * 2) if do_classifier_free_guidance else latents
+        latent_model_input = latents
         # broadcast to batch dimension in a way that's compatible with ONNX/Core ML
         timestep = t.expand(latent_model_input.shape[0])
-
-        noise_pred = self.transformer(
-            hidden_states=latent_model_input,
-            timestep=timestep,
-            encoder_hidden_states=prompt_embeds,
-            pooled_projections=pooled_prompt_embeds,
-            return_dict=False,
-        )[0]
-
-        # perform guidance
+        positive_kwargs = {
+            "hidden_states": latent_model_input,
+            "timestep": timestep,
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": pooled_prompt_embeds,
+        }
+        negative_kwargs = None
         if do_classifier_free_guidance:
-            noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
-            noise_pred = noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
-            should_skip_layers = (
-                True
-                if i > num_inference_steps * skip_layer_guidance_start
-                and i < num_inference_steps * skip_layer_guidance_stop
-                else False
-            )
-            if skip_guidance_layers is not None and should_skip_layers:
-                timestep = t.expand(latents.shape[0])
-                latent_model_input = latents
-                noise_pred_skip_layers = self.transformer(
-                    hidden_states=latent_model_input,
-                    timestep=timestep,
-                    encoder_hidden_states=original_prompt_embeds,
-                    pooled_projections=original_pooled_prompt_embeds,
-                    return_dict=False,
-                    skip_layers=skip_guidance_layers,
-                )[0]
-                noise_pred = noise_pred + (noise_pred_text - noise_pred_skip_layers) * skip_layer_guidance_scale
+            negative_pooled_prompt_embeds, pooled_prompt_embeds = pooled_prompt_embeds.chunk(2)
+            negative_prompt_embeds, prompt_embeds = prompt_embeds.chunk(2)
+            negative_kwargs = positive_kwargs | {
+                "encoder_hidden_states": negative_prompt_embeds,
+                "pooled_projections": negative_pooled_prompt_embeds,
+            }
+            positive_kwargs = positive_kwargs | {
+                "encoder_hidden_states": prompt_embeds,
+                "pooled_projections": pooled_prompt_embeds,
+            }
+        return self.predict_noise_maybe_with_cfg(
+            do_classifier_free_guidance,
+            guidance_scale,
+            positive_kwargs,
+            negative_kwargs,
+            cfg_normalize=False,
+            kwargs={
+                "i": i,
+                "latents": latents,
+                "num_inference_steps": num_inference_steps,
+                "original_pooled_prompt_embeds": original_pooled_prompt_embeds,
+                "original_prompt_embeds": original_prompt_embeds,
+                "skip_guidance_layers": skip_guidance_layers,
+                "skip_layer_guidance_scale": skip_layer_guidance_scale,
+                "skip_layer_guidance_start": skip_layer_guidance_start,
+                "skip_layer_guidance_stop": skip_layer_guidance_stop,
+                "t": t,
+            },
+        )
+
+    def combine_cfg_noise(
+        self, positive_noise_pred, negative_noise_pred, true_cfg_scale, cfg_normalize=False, kwargs=None
+    ):
+        noise_pred_text = positive_noise_pred[0]
+        noise_pred_uncond = negative_noise_pred[0]
+        i = kwargs["i"]
+        latents = kwargs["latents"]
+        num_inference_steps = kwargs["num_inference_steps"]
+        original_pooled_prompt_embeds = kwargs["original_pooled_prompt_embeds"]
+        original_prompt_embeds = kwargs["original_prompt_embeds"]
+        skip_guidance_layers = kwargs["skip_guidance_layers"]
+        skip_layer_guidance_scale = kwargs["skip_layer_guidance_scale"]
+        skip_layer_guidance_start = kwargs["skip_layer_guidance_start"]
+        skip_layer_guidance_stop = kwargs["skip_layer_guidance_stop"]
+        t = kwargs["t"]
+        noise_pred = noise_pred_uncond + true_cfg_scale * (noise_pred_text - noise_pred_uncond)
+        should_skip_layers = (
+            True
+            if i > num_inference_steps * skip_layer_guidance_start
+            and i < num_inference_steps * skip_layer_guidance_stop
+            else False
+        )
+        if skip_guidance_layers is not None and should_skip_layers:
+            timestep = t.expand(latents.shape[0])
+            latent_model_input = latents
+            noise_pred_skip_layers = self.transformer(
+                hidden_states=latent_model_input,
+                timestep=timestep,
+                encoder_hidden_states=original_prompt_embeds,
+                pooled_projections=original_pooled_prompt_embeds,
+                return_dict=False,
+                skip_layers=skip_guidance_layers,
+            )[0]
+            noise_pred = noise_pred + (noise_pred_text - noise_pred_skip_layers) * skip_layer_guidance_scale
         return noise_pred
 
     def diffuse(
         self,
         latents,
         timesteps,
-        do_classifier_free_guidance,
         prompt_embeds,
         pooled_prompt_embeds,
+        do_classifier_free_guidance,
         guidance_scale,
         num_inference_steps,
+        original_pooled_prompt_embeds,
+        original_prompt_embeds,
+        skip_guidance_layers,
+        skip_layer_guidance_scale,
         skip_layer_guidance_start,
         skip_layer_guidance_stop,
-        skip_guidance_layers,
-        original_prompt_embeds,
-        original_pooled_prompt_embeds,
-        skip_layer_guidance_scale,
     ) -> torch.Tensor:
         """The denoising loop."""
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 noise_pred = self.predict_guided_noise(
-                    do_classifier_free_guidance=do_classifier_free_guidance,
                     latents=latents,
                     t=t,
                     prompt_embeds=prompt_embeds,
                     pooled_prompt_embeds=pooled_prompt_embeds,
+                    do_classifier_free_guidance=do_classifier_free_guidance,
                     guidance_scale=guidance_scale,
                     i=i,
                     num_inference_steps=num_inference_steps,
+                    original_pooled_prompt_embeds=original_pooled_prompt_embeds,
+                    original_prompt_embeds=original_prompt_embeds,
+                    skip_guidance_layers=skip_guidance_layers,
+                    skip_layer_guidance_scale=skip_layer_guidance_scale,
                     skip_layer_guidance_start=skip_layer_guidance_start,
                     skip_layer_guidance_stop=skip_layer_guidance_stop,
-                    skip_guidance_layers=skip_guidance_layers,
-                    original_prompt_embeds=original_prompt_embeds,
-                    original_pooled_prompt_embeds=original_pooled_prompt_embeds,
-                    skip_layer_guidance_scale=skip_layer_guidance_scale,
                 )
                 # compute the previous noisy sample x_t -> x_t-1
-                latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg=False)
+                latents = self.scheduler_step_maybe_with_cfg(
+                    noise_pred, t, latents, do_true_cfg=do_classifier_free_guidance
+                )
                 progress_bar.update()
         return latents
 
@@ -960,11 +1016,15 @@ class StableDiffusion3Pipeline(
         merged: dict[str, Any] = {}
         for name, value in first.items():
             values = [arguments[name] for arguments in requests]
-            if name in self._text_arguments and all(isinstance(v, str) for v in values):
+            if all(v is None for v in values):
+                merged[name] = None
+            elif name in self._text_arguments and all(isinstance(v, str) for v in values):
                 merged[name] = values
             elif name == "generator" and all(isinstance(v, torch.Generator) for v in values):
                 merged[name] = values
-            elif name in self._tensor_arguments and all(v.shape == value.shape and v.shape[0] == 1 for v in values):
+            elif name in self._tensor_arguments and all(
+                isinstance(v, torch.Tensor) and v.shape == value.shape and v.shape[0] == 1 for v in values
+            ):
                 merged[name] = torch.cat(values)
             elif name not in ("generator", *self._text_arguments, *self._tensor_arguments) and all(
                 not isinstance(v, torch.Tensor) and np.array_equal(v, value) for v in values
@@ -993,20 +1053,20 @@ class StableDiffusion3Pipeline(
             inputs = state.extra["denoise"]
             predictions.append(
                 self.predict_guided_noise(
-                    do_classifier_free_guidance=inputs["do_classifier_free_guidance"],
                     latents=state.latents,
                     t=state.current_timestep,
                     prompt_embeds=inputs["prompt_embeds"],
                     pooled_prompt_embeds=inputs["pooled_prompt_embeds"],
+                    do_classifier_free_guidance=inputs["do_classifier_free_guidance"],
                     guidance_scale=inputs["guidance_scale"],
                     i=state.step_index,
                     num_inference_steps=inputs["num_inference_steps"],
+                    original_pooled_prompt_embeds=inputs["original_pooled_prompt_embeds"],
+                    original_prompt_embeds=inputs["original_prompt_embeds"],
+                    skip_guidance_layers=inputs["skip_guidance_layers"],
+                    skip_layer_guidance_scale=inputs["skip_layer_guidance_scale"],
                     skip_layer_guidance_start=inputs["skip_layer_guidance_start"],
                     skip_layer_guidance_stop=inputs["skip_layer_guidance_stop"],
-                    skip_guidance_layers=inputs["skip_guidance_layers"],
-                    original_prompt_embeds=inputs["original_prompt_embeds"],
-                    original_pooled_prompt_embeds=inputs["original_pooled_prompt_embeds"],
-                    skip_layer_guidance_scale=inputs["skip_layer_guidance_scale"],
                 )
             )
         return torch.cat(predictions)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SD3Transformer2DModel (models/transformers/transformer_sd3.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.SD3Transformer2DModel (models/transformers/transformer_sd3.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +15,7 @@ import torch.nn.functional as F
 from cache_dit import ForwardPattern
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings, PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.normalization import (
-    AdaLayerNormContinuous,
-    AdaLayerNormZero,
-    FP32LayerNorm,
-    LpNorm,
-    RMSNorm,
-    SD35AdaLayerNormZeroX,
-)
+from diffusers.models.normalization import AdaLayerNormContinuous, FP32LayerNorm, LpNorm, RMSNorm
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
@@ -30,11 +24,121 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
 
 
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
+
+
+class SD35AdaLayerNormZeroX(nn.Module):
+    """`SD35AdaLayerNormZeroX` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = "") -> None:
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            9 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, shift_msa2, scale_msa2, gate_msa2 = emb.chunk(
+            9, dim=1
+        )
+        norm_hidden_states = self.norm(hidden_states)
+        hidden_states = norm_hidden_states * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        norm_hidden_states2 = norm_hidden_states * (1 + scale_msa2[:, None]) + shift_msa2[:, None]
+        return hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp, norm_hidden_states2, gate_msa2
+
+
+class SD3AdaLayerNormZero(nn.Module):
+    """`AdaLayerNormZero` of Diffusers as this model uses it."""
+
+    def __init__(self, embedding_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""):
+        super().__init__()
+
+        self.silu = nn.SiLU()
+        self.linear = ColumnParallelLinear(
+            embedding_dim,
+            6 * embedding_dim,
+            gather_output=True,
+            bias=True,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+        self.norm = nn.LayerNorm(embedding_dim, elementwise_affine=False, eps=1e-6)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.LongTensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        emb = self.linear(self.silu(emb))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = emb.chunk(6, dim=1)
+        x = self.norm(x) * (1 + scale_msa[:, None]) + shift_msa[:, None]
+        return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+@torch._dynamo.allow_in_graph
 class SD3JointAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `JointAttnProcessor2_0`."""
 
@@ -206,7 +310,12 @@ class SD3JointAttention(nn.Module):
         key = torch.cat([key, encoder_hidden_states_key_proj], dim=2)
         value = torch.cat([value, encoder_hidden_states_value_proj], dim=2)
 
-        hidden_states = self.attn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+        hidden_states = self.attn(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_metadata=sequence_metadata(query.transpose(1, 2), None, "hidden_states", "encoder_hidden_states"),
+        ).transpose(1, 2)
         hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, self.heads * head_dim)
         hidden_states = hidden_states.to(query.dtype)
 
@@ -224,6 +333,7 @@ class SD3JointAttention(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class SD3SelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `JointAttnProcessor2_0`."""
 
@@ -329,7 +439,12 @@ class SD3SelfAttention(nn.Module):
         if self.norm_k is not None:
             key = self.norm_k(key)
 
-        hidden_states = self.attn(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
+        hidden_states = self.attn(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attn_metadata=sequence_metadata(query.transpose(1, 2), None, "hidden_states"),
+        ).transpose(1, 2)
         hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, self.heads * head_dim)
         hidden_states = hidden_states.to(query.dtype)
 
@@ -394,6 +509,7 @@ class SD3FeedForward(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class SD3JointTransformerBlock(nn.Module):
     """`JointTransformerBlock` of Diffusers as this model uses it."""
 
@@ -415,16 +531,16 @@ class SD3JointTransformerBlock(nn.Module):
         context_norm_type = "ada_norm_continous" if context_pre_only else "ada_norm_zero"
 
         if use_dual_attention:
-            self.norm1 = SD35AdaLayerNormZeroX(dim)
+            self.norm1 = SD35AdaLayerNormZeroX(dim, quant_config=quant_config, prefix=f"{prefix}.norm1")
         else:
-            self.norm1 = AdaLayerNormZero(dim)
+            self.norm1 = SD3AdaLayerNormZero(dim, quant_config=quant_config, prefix=f"{prefix}.norm1")
 
         if context_norm_type == "ada_norm_continous":
             self.norm1_context = AdaLayerNormContinuous(
                 dim, dim, elementwise_affine=False, eps=1e-6, bias=True, norm_type="layer_norm"
             )
         elif context_norm_type == "ada_norm_zero":
-            self.norm1_context = AdaLayerNormZero(dim)
+            self.norm1_context = SD3AdaLayerNormZero(dim, quant_config=quant_config, prefix=f"{prefix}.norm1_context")
         else:
             raise ValueError(
                 f"Unknown context_norm_type: {context_norm_type}, currently only support `ada_norm_continous`, `ada_norm_zero`"
@@ -577,6 +693,19 @@ class SD3Transformer2DModel(nn.Module):
         "to_qkv": ["to_q", "to_k", "to_v"],
         "add_qkv_proj": ["add_q_proj", "add_k_proj", "add_v_proj"],
     }
+    _sp_plan = {
+        "shard_encoder_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            )
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -649,6 +778,8 @@ class SD3Transformer2DModel(nn.Module):
 
         self.norm_out = AdaLayerNormContinuous(self.inner_dim, self.inner_dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels, bias=True)
+        self.shard_encoder_hidden_states = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -701,6 +832,8 @@ class SD3Transformer2DModel(nn.Module):
         hidden_states = hidden_states.contiguous()
         temb = self.time_text_embed(timestep, pooled_projections)
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         for index_block, block in enumerate(self.transformer_blocks):
             # Skip specified layers

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SkyReelsV2Transformer3DModel (models/transformers/transformer_skyreels_v2.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.SkyReelsV2Transformer3DModel (models/transformers/transformer_skyreels_v2.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,10 +44,46 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
+
+
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
 
 
 class TensorParallelRMSNorm(nn.Module):
@@ -70,6 +108,45 @@ class TensorParallelRMSNorm(nn.Module):
         eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
         states = states * torch.rsqrt(squares / self.dim + eps)
         return (states * self.weight.float()).type_as(hidden_states)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
 class SkyReelsV2RotaryPosEmbed(nn.Module):
@@ -340,6 +417,7 @@ class SkyReelsV2SelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
             prefix=f"{prefix}.attn",
         )
 
@@ -372,10 +450,7 @@ class SkyReelsV2SelfAttention(nn.Module):
         key = apply_rotary_emb(key, *rotary_emb)
 
         hidden_states = self.attn(
-            query,
-            key,
-            value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            query, key, value, attn_metadata=sequence_metadata(query, attention_mask, "hidden_states")
         )
 
         hidden_states = hidden_states.flatten(2, 3)
@@ -554,6 +629,7 @@ class SkyReelsV2FeedForwardGeluApproximate(nn.Module):
         return hidden_states
 
 
+@torch._dynamo.allow_in_graph
 class SkyReelsV2TransformerBlock(nn.Module):
     def __init__(
         self,
@@ -755,6 +831,22 @@ class SkyReelsV2Transformer3DModel(nn.Module):
         "add_kv_proj": ["add_k_proj", "add_v_proj"],
     }
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _sp_plan = {
+        "shard_rotary_emb": {
+            0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
+            1: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
+        },
+        "shard_temb": {0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True, auto_pad=True)},
+        "shard_timestep_proj": {
+            0: SequenceParallelInput(split_dim=2, expected_dims=4, split_output=True, auto_pad=True)
+        },
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -854,6 +946,10 @@ class SkyReelsV2Transformer3DModel(nn.Module):
             self.fps_projection = SkyReelsV2FeedForwardLinearSilu(
                 inner_dim, inner_dim * 6, quant_config=quant_config, prefix=maybe_prefix(prefix, "fps_projection")
             )
+        self.shard_rotary_emb = nn.Identity()
+        self.shard_temb = nn.Identity()
+        self.shard_timestep_proj = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
         # Sensitive modules stay in float32, whatever the model's dtype.
         for name, param in self.named_parameters():
             if any(part in self._keep_in_fp32_modules for part in name.split(".")):
@@ -959,6 +1055,10 @@ class SkyReelsV2Transformer3DModel(nn.Module):
                 1, 3
             )  # (b, f, pp_h, pp_w, 6, inner_dim) -> (b, f * pp_h * pp_w, 6, inner_dim)
             timestep_proj = timestep_proj.transpose(1, 2).contiguous()  # (b, 6, f * pp_h * pp_w, inner_dim)
+        rotary_emb = self.shard_rotary_emb(rotary_emb)
+        temb = self.shard_temb(temb)
+        timestep_proj = self.shard_timestep_proj(timestep_proj)
+        hidden_states = self.shard_hidden_states(hidden_states)
 
         # 4. Transformer blocks
         for block in self.blocks:

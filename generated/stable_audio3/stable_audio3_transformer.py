@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableAudio3DiTModel (models/transformers/transformer_stable_audio3.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.StableAudio3DiTModel (models/transformers/transformer_stable_audio3.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from cache_dit import ForwardPattern
 from diffusers.utils.outputs import BaseOutput
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed.utils import divide
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
@@ -155,17 +157,29 @@ class StableAudio3SelfAttention(nn.Module):
         self.use_differential = use_differential
 
         n_proj = 5 if use_differential else 3
-        self.to_qkv = nn.Linear(dim, dim * n_proj, bias=False)
-        self.to_out = nn.Linear(dim, dim, bias=False)
+        self.to_qkv = MergedColumnParallelLinear(
+            dim, [dim] * n_proj, bias=False, return_bias=False, quant_config=quant_config, prefix=f"{prefix}.to_qkv"
+        )
+        self.to_out = RowParallelLinear(
+            dim,
+            dim,
+            input_is_parallel=True,
+            bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_out",
+        )
 
         self.q_norm = StableAudio3RMSNorm(dim_heads)
         self.k_norm = StableAudio3RMSNorm(dim_heads)
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=self.dim_heads,
             softmax_scale=self.dim_heads**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -215,18 +229,37 @@ class StableAudio3CrossAttention(nn.Module):
 
         n_q = 2 if use_differential else 1
         n_kv = 3 if use_differential else 2
-        self.to_q = nn.Linear(dim, dim * n_q, bias=False)
-        self.to_kv = nn.Linear(context_dim, dim * n_kv, bias=False)
-        self.to_out = nn.Linear(dim, dim, bias=False)
+        self.to_q = MergedColumnParallelLinear(
+            dim, [dim] * n_q, bias=False, return_bias=False, quant_config=quant_config, prefix=f"{prefix}.to_q"
+        )
+        self.to_kv = MergedColumnParallelLinear(
+            context_dim,
+            [dim] * n_kv,
+            bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_kv",
+        )
+        self.to_out = RowParallelLinear(
+            dim,
+            dim,
+            input_is_parallel=True,
+            bias=False,
+            return_bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.to_out",
+        )
 
         self.q_norm = StableAudio3RMSNorm(dim_heads)
         self.k_norm = StableAudio3RMSNorm(dim_heads)
+        self.heads = divide(self.heads, get_tensor_model_parallel_world_size())
         self.attn = Attention(
             num_heads=self.heads,
             head_size=self.dim_heads,
             softmax_scale=self.dim_heads**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 

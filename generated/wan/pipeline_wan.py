@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.WanPipeline (pipelines/wan/pipeline_wan.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.WanPipeline (pipelines/wan/pipeline_wan.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers.utils.import_utils import is_ftfy_available
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 from huggingface_hub import hf_hub_download
 from regex import sub
 from torch import nn
@@ -28,6 +27,14 @@ from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig, Trans
 from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import DistributedAutoencoderKLWan
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.media import (
+    DiffusionMediaOutput,
+    VideoMediaOutput,
+    VideoTensorEncoding,
+    VideoTensorLayout,
+    VideoTensorSpec,
+    VideoValueRange,
+)
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_prefetch
 from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
@@ -85,26 +92,13 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         component_class.from_pretrained,
         od_config.model,
         subfolder=name,
-        prefetch_list=[key for key, value in model_index.items() if isinstance(value, list) and value[0]],
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
         local_files_only=os.path.isdir(od_config.model),
         revision=od_config.revision,
         **kwargs,
     )
-
-
-def get_wan_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
-    """Post-processing of `WanPipeline`; it runs in the engine process, where no model is loaded."""
-    processor = VideoProcessor()
-
-    def post_process_func(video: torch.Tensor, sampling_params: OmniDiffusionSamplingParams | None = None) -> Any:
-        output_type = sampling_params.output_type if sampling_params is not None else None
-        if output_type is None:
-            output_type = "np"
-        if output_type == "latent":
-            return video
-        return processor.postprocess_video(video, output_type=output_type)
-
-    return post_process_func
 
 
 class WanPipeline(
@@ -383,9 +377,11 @@ class WanPipeline(
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
         for name, reason in self._refused_arguments.items():
-            if fields.get(name) is not None or sampling.extra_args.get(name) is not None:
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
         arguments = {
             "num_videos_per_prompt": sampling.num_outputs_per_prompt,
             "height": sampling.height,
@@ -398,12 +394,17 @@ class WanPipeline(
             "num_frames": sampling.num_frames if is_dummy_run or sampling.num_frames != 1 else None,
             "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
             "guidance_scale_2": sampling.guidance_scale_2 if sampling.guidance_scale_2_provided else None,
-            "prompt": fields.get("prompt"),
-            "negative_prompt": fields.get("negative_prompt"),
-            "prompt_embeds": fields.get("prompt_embeds"),
-            "negative_prompt_embeds": fields.get("negative_prompt_embeds"),
         }
-        return {name: value for name, value in arguments.items() if value is not None}
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "prompt_embeds",
+            "negative_prompt_embeds",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        return arguments
 
     def prepare_generation(
         self,
@@ -585,7 +586,7 @@ class WanPipeline(
         )
 
     def predict_noise(self, current_model, **kwargs):
-        """The prediction of the denoiser in charge of this timestep."""
+        """The prediction of one guidance branch."""
         return current_model(**kwargs)[0]
 
     def diffuse(
@@ -654,7 +655,17 @@ class WanPipeline(
 
     def finish(self, **inputs: Any) -> DiffusionOutput:
         """Decode, and wrap for the engine."""
-        output = DiffusionOutput(output=self.decode(**inputs))
+        video = self.decode(**inputs)
+        # A rank that does not own the decoded video has a placeholder of another shape.
+        if inputs["output_type"] == "latent" or video.ndim != 5:
+            output = DiffusionOutput(output=video)
+        else:
+            spec = VideoTensorSpec(
+                layout=VideoTensorLayout.BCTHW,
+                encoding=VideoTensorEncoding.NORMALIZED_FLOAT,
+                value_range=VideoValueRange.NEGATIVE_ONE_TO_ONE,
+            )
+            output = DiffusionOutput(media=DiffusionMediaOutput(video=VideoMediaOutput(tensor=video, spec=spec)))
         if self.enable_diffusion_pipeline_profiler:
             output.stage_durations = self.stage_durations
         return output
@@ -677,11 +688,15 @@ class WanPipeline(
         merged: dict[str, Any] = {}
         for name, value in first.items():
             values = [arguments[name] for arguments in requests]
-            if name in self._text_arguments and all(isinstance(v, str) for v in values):
+            if all(v is None for v in values):
+                merged[name] = None
+            elif name in self._text_arguments and all(isinstance(v, str) for v in values):
                 merged[name] = values
             elif name == "generator" and all(isinstance(v, torch.Generator) for v in values):
                 merged[name] = values
-            elif name in self._tensor_arguments and all(v.shape == value.shape and v.shape[0] == 1 for v in values):
+            elif name in self._tensor_arguments and all(
+                isinstance(v, torch.Tensor) and v.shape == value.shape and v.shape[0] == 1 for v in values
+            ):
                 merged[name] = torch.cat(values)
             elif name not in ("generator", *self._text_arguments, *self._tensor_arguments) and all(
                 not isinstance(v, torch.Tensor) and np.array_equal(v, value) for v in values

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.WanAnimateTransformer3DModel (models/transformers/transformer_wan_animate.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.WanAnimateTransformer3DModel (models/transformers/transformer_wan_animate.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cache_dit import ForwardPattern
 from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
@@ -35,7 +34,6 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_omni.diffusion.attention.layer import Attention
-from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.utils import get_local_device
 
@@ -657,6 +655,7 @@ class WanSelfAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -1106,9 +1105,6 @@ class WanAnimateTransformer3DModel(nn.Module):
     _hsdp_shard_conditions = [
         lambda name, module: name.startswith(("blocks.", "face_adapter.")) and name.rpartition(".")[2].isdigit()
     ]
-    _cache_dit_adapter_config = CacheDiTAdapterConfig(
-        block_forward_patterns={"blocks": ForwardPattern.Pattern_2, "face_adapter": ForwardPattern.Pattern_2}
-    )
     stacked_params_mapping = [
         (".to_qkv", ".to_q", "q"),
         (".to_qkv", ".to_k", "k"),

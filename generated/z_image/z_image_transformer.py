@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ZImageTransformer2DModel (models/transformers/transformer_z_image.py, diffusers 0.40.0), rule set 30f169974a4b.
+# Ported by porter from diffusers.ZImageTransformer2DModel (models/transformers/transformer_z_image.py, diffusers 0.40.0), rule set 2343f5376766.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -22,8 +24,16 @@ from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
+from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
+from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.platforms import current_omni_platform
 
 ADALN_EMBED_DIM = 256
 
@@ -94,6 +104,73 @@ class RopeEmbedder:
         return torch.cat(result, dim=-1)
 
 
+class MaskedFlashAttention(FlashAttentionImpl):
+    """FlashAttention for the masks it can take, bools that are the same for all heads and queries; cuDNN's, or torch's where
+    there is none, for the others."""
+
+    def __init__(self, num_heads: int, head_size: int, softmax_scale: float, **kwargs):
+        super().__init__(num_heads, head_size, softmax_scale, **kwargs)
+        self.is_cross_attn = True  # a query that is padding keeps its row
+        cudnn = current_omni_platform.is_cuda() and CuDNNAttentionBackend.supports_head_size(head_size)
+        backend = CuDNNAttentionBackend if cudnn else SDPABackend
+        self.dense = backend.get_impl_cls()(num_heads, head_size, softmax_scale, **kwargs)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None:
+            return super().forward(query, key, value, attn_metadata)
+        if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
+            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
+        return self.dense.forward(query, key, value, attn_metadata)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
+
+
 class FinalLayer(nn.Module):
     def __init__(self, hidden_size, out_channels):
         super().__init__()
@@ -124,6 +201,7 @@ class FinalLayer(nn.Module):
         return x
 
 
+@torch._dynamo.allow_in_graph
 class ZImageAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `ZSingleStreamAttnProcessor`."""
 
@@ -135,6 +213,7 @@ class ZImageAttention(nn.Module):
         qk_norm: str | None = None,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ):
         super().__init__()
 
@@ -199,6 +278,8 @@ class ZImageAttention(nn.Module):
             softmax_scale=dim_head**-0.5,
             causal=False,
             role="self",
+            impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
+            skip_sequence_parallel=skip_sequence_parallel,
             prefix=f"{prefix}.attn",
         )
 
@@ -223,9 +304,11 @@ class ZImageAttention(nn.Module):
         # Apply RoPE
         def apply_rotary_emb(x_in: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
             with torch.amp.autocast("cuda", enabled=False):
-                x = torch.view_as_complex(x_in.float().reshape(*x_in.shape[:-1], -1, 2))
+                x = x_in.float().reshape(*x_in.shape[:-1], -1, 2)
                 freqs_cis = freqs_cis.unsqueeze(2)
-                x_out = torch.view_as_real(x * freqs_cis).flatten(3)
+                real, imag = x.unbind(-1)
+                cos, sin = torch.view_as_real(freqs_cis).unbind(-1)
+                x_out = torch.stack((real * cos - imag * sin, real * sin + imag * cos), dim=-1).flatten(3)
                 return x_out.type_as(x_in)  # todo
 
         query = apply_rotary_emb(query, freqs_cis)
@@ -240,12 +323,7 @@ class ZImageAttention(nn.Module):
             attention_mask = attention_mask[:, None, None, :]
 
         # Compute joint attention
-        hidden_states = self.attn(
-            query,
-            key,
-            value,
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
-        )
+        hidden_states = self.attn(query, key, value, attn_metadata=sequence_metadata(query, attention_mask, "unified"))
 
         # Reshape back
         hidden_states = hidden_states.flatten(2, 3)
@@ -294,6 +372,7 @@ class FeedForward(nn.Module):
         return self.w2(self._forward_silu_gating(self.w1(x), self.w3(x)))
 
 
+@torch._dynamo.allow_in_graph
 class ZImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -304,6 +383,7 @@ class ZImageTransformerBlock(nn.Module):
         modulation=True,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        skip_sequence_parallel: bool = False,
     ):
         super().__init__()
 
@@ -316,6 +396,7 @@ class ZImageTransformerBlock(nn.Module):
             qk_norm="rms_norm" if qk_norm else None,
             quant_config=quant_config,
             prefix=f"{prefix}.attention",
+            skip_sequence_parallel=skip_sequence_parallel,
         )
 
         self.feed_forward = FeedForward(
@@ -330,7 +411,17 @@ class ZImageTransformerBlock(nn.Module):
 
         self.modulation = modulation
         if modulation:
-            self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_EMBED_DIM), 4 * dim, bias=True))
+            self.adaLN_modulation = nn.Sequential(
+                ColumnParallelLinear(
+                    min(dim, ADALN_EMBED_DIM),
+                    4 * dim,
+                    gather_output=True,
+                    bias=True,
+                    return_bias=False,
+                    quant_config=quant_config,
+                    prefix=f"{prefix}.adaLN_modulation.0",
+                )
+            )
 
     def forward(
         self,
@@ -457,6 +548,16 @@ class ZImageTransformer2DModel(nn.Module):
     ]
     stacked_params_mapping = [(".to_qkv", ".to_q", "q"), (".to_qkv", ".to_k", "k"), (".to_qkv", ".to_v", "v")]
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"]}
+    _sp_plan = {
+        "shard_noise_mask_tensor": {0: SequenceParallelInput(split_dim=-1, split_output=True, auto_pad=True)},
+        "shard_unified_freqs": {0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True)},
+        "shard_unified": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="unified"
+            )
+        },
+        "gather_unified": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="unified"),
+    }
 
     def __init__(
         self,
@@ -534,6 +635,7 @@ class ZImageTransformer2DModel(nn.Module):
                     modulation=True,
                     quant_config=quant_config,
                     prefix=maybe_prefix(prefix, f"noise_refiner.{layer_id}"),
+                    skip_sequence_parallel=True,
                 )
                 for layer_id in range(n_refiner_layers)
             ]
@@ -548,6 +650,7 @@ class ZImageTransformer2DModel(nn.Module):
                     modulation=False,
                     quant_config=quant_config,
                     prefix=maybe_prefix(prefix, f"context_refiner.{layer_id}"),
+                    skip_sequence_parallel=True,
                 )
                 for layer_id in range(n_refiner_layers)
             ]
@@ -575,6 +678,7 @@ class ZImageTransformer2DModel(nn.Module):
                         modulation=False,
                         quant_config=quant_config,
                         prefix=maybe_prefix(prefix, f"siglip_refiner.{layer_id}"),
+                        skip_sequence_parallel=True,
                     )
                     for layer_id in range(n_refiner_layers)
                 ]
@@ -607,6 +711,10 @@ class ZImageTransformer2DModel(nn.Module):
         self.axes_lens = axes_lens
 
         self.rope_embedder = RopeEmbedder(theta=rope_theta, axes_dims=axes_dims, axes_lens=axes_lens)
+        self.shard_noise_mask_tensor = nn.Identity()
+        self.shard_unified_freqs = nn.Identity()
+        self.shard_unified = nn.Identity()
+        self.gather_unified = nn.Identity()
 
     def unpatchify(
         self,
@@ -1134,12 +1242,17 @@ class ZImageTransformer2DModel(nn.Module):
             noise_mask_tensor = torch.nn.utils.rnn.pad_sequence(unified_noise_mask, batch_first=True, padding_value=0)[
                 :, : unified.shape[1]
             ]
+        if noise_mask_tensor is not None:
+            noise_mask_tensor = self.shard_noise_mask_tensor(noise_mask_tensor)
+        unified_freqs = self.shard_unified_freqs(unified_freqs)
+        unified = self.shard_unified(unified)
 
         # Main transformer layers
         for layer_idx, layer in enumerate(self.layers):
             unified = layer(unified, attn_mask, unified_freqs, adaln_input, noise_mask_tensor, t_noisy, t_clean)
             if controlnet_block_samples is not None and layer_idx in controlnet_block_samples:
                 unified = unified + controlnet_block_samples[layer_idx]
+        unified = self.gather_unified(unified)
 
         unified = (
             self.all_final_layer[f"{patch_size}-{f_patch_size}"](

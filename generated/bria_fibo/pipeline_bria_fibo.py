@@ -1,0 +1,809 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
+# Ported by porter from diffusers.BriaFiboPipeline (pipelines/bria_fibo/pipeline_bria_fibo.py, diffusers 0.40.0), rule set 2343f5376766.
+# Generated: edit the rules, not this file.
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from torch import nn
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import DistributedAutoencoderKLWan
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_prefetch
+from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
+from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
+from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
+from vllm_omni.diffusion.worker.input_batch import InputBatch
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.diffusion.worker.utils import StepRequestState
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+
+from .bria_fibo_transformer import BriaFiboTransformer2DModel
+
+
+def read_json(od_config: OmniDiffusionConfig, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint."""
+    if os.path.isdir(od_config.model):
+        path = os.path.join(od_config.model, name)
+    else:
+        path = hf_hub_download(od_config.model, name, revision=od_config.revision)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], name: str, **kwargs: Any) -> Any:
+    """Load one component from its subfolder, as the class that model_index.json names."""
+    library, class_name = model_index[name]
+    component_class = {"AutoencoderKLWan": DistributedAutoencoderKLWan}.get(class_name) or getattr(
+        importlib.import_module(library), class_name
+    )
+    return from_pretrained_with_prefetch(
+        component_class.from_pretrained,
+        od_config.model,
+        subfolder=name,
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
+        local_files_only=os.path.isdir(od_config.model),
+        revision=od_config.revision,
+        **kwargs,
+    )
+
+
+def get_bria_fibo_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
+    """Post-processing of `BriaFiboPipeline`; it runs in the engine process, where no model is loaded."""
+    processor = VaeImageProcessor()
+
+    def post_process_func(image: torch.Tensor, sampling_params: OmniDiffusionSamplingParams | None = None) -> Any:
+        output_type = sampling_params.output_type if sampling_params is not None else None
+        if output_type is None:
+            output_type = "pil"
+        if output_type == "latent":
+            return image
+        return processor.postprocess(image, output_type=output_type)
+
+    return post_process_func
+
+
+class BriaFiboPipeline(
+    nn.Module, CFGParallelMixin, ProgressBarMixin, DiffusionPipelineProfilerMixin, SupportsComponentDiscovery
+):
+    """Port of Diffusers' BriaFiboPipeline."""
+
+    supports_request_batch: ClassVar[bool] = False
+    supports_step_execution: ClassVar[bool] = True
+    default_num_inference_steps: ClassVar[int] = 30
+    _dit_modules: ClassVar[list[str]] = ["transformer"]
+    _encoder_modules: ClassVar[list[str]] = ["text_encoder"]
+    _vae_modules: ClassVar[list[str]] = ["vae"]
+    _PROFILER_TARGETS: ClassVar[list[str]] = ["text_encoder.forward", "diffuse", "vae.decode"]
+    _refused_arguments: ClassVar[dict[str, str]] = {
+        "return_dict": "the engine always returns its own output object",
+        "joint_attention_kwargs": "attention processors take no per-call arguments here; LoRA scale is the engine's lora_scale",
+        "callback_on_step_end": "the engine reports progress itself and calls nothing back",
+        "callback_on_step_end_tensor_inputs": "the engine reports progress itself and calls nothing back",
+    }
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
+        super().__init__()
+        self.od_config = od_config
+        self.parallel_config = od_config.parallel_config
+        self.device = get_local_device()
+        self.dtype = od_config.dtype
+        model_index = read_json(od_config, "model_index.json")
+
+        # Offloaded components wait on the CPU until the engine moves them.
+        device = torch.device("cpu") if od_config.enable_cpu_offload else self.device
+        self.scheduler = load_component(od_config, model_index, "scheduler")
+        self.vae = load_component(od_config, model_index, "vae", torch_dtype=od_config.dtype).to(device)
+        self.text_encoder = load_component(od_config, model_index, "text_encoder", dtype=od_config.dtype).to(device)
+        self.tokenizer = load_component(od_config, model_index, "tokenizer")
+        self.weights_sources = [
+            DiffusersPipelineLoader.ComponentSource(
+                model_or_path=od_config.model,
+                subfolder=name,
+                revision=od_config.revision,
+                prefix=f"{name}.",
+                fall_back_to_pt=True,
+            )
+            for name in self._dit_modules
+        ]
+        self.transformer = BriaFiboTransformer2DModel(
+            od_config=od_config,
+            quant_config=od_config.quantization_config,
+            prefix=maybe_prefix(prefix, "transformer"),
+            **get_transformer_config_kwargs(od_config.tf_model_config, BriaFiboTransformer2DModel),
+        )
+
+        self.vae_scale_factor = 16
+        self.default_sample_size = 64
+        self.setup_diffusion_pipeline_profiler(
+            enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
+        )
+
+    def get_prompt_embeds(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int = 2048,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        device = device or self.device
+        dtype = dtype or self.text_encoder.dtype
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        if not prompt:
+            raise ValueError("`prompt` must be a non-empty string or list of strings.")
+
+        batch_size = len(prompt)
+        bot_token_id = 128000
+
+        text_encoder_device = device if device is not None else torch.device("cpu")
+        if not isinstance(text_encoder_device, torch.device):
+            text_encoder_device = torch.device(text_encoder_device)
+
+        if all(p == "" for p in prompt):
+            input_ids = torch.full((batch_size, 1), bot_token_id, dtype=torch.long, device=text_encoder_device)
+            attention_mask = torch.ones_like(input_ids)
+        else:
+            tokenized = self.tokenizer(
+                prompt,
+                padding="longest",
+                max_length=max_sequence_length,
+                truncation=True,
+                add_special_tokens=True,
+                return_tensors="pt",
+            )
+            input_ids = tokenized.input_ids.to(text_encoder_device)
+            attention_mask = tokenized.attention_mask.to(text_encoder_device)
+
+            if any(p == "" for p in prompt):
+                empty_rows = torch.tensor([p == "" for p in prompt], dtype=torch.bool, device=text_encoder_device)
+                input_ids[empty_rows] = bot_token_id
+                attention_mask[empty_rows] = 1
+
+        encoder_outputs = self.text_encoder(
+            input_ids,
+            attention_mask=attention_mask,
+            output_hidden_states=True,
+        )
+        hidden_states = encoder_outputs.hidden_states
+
+        prompt_embeds = torch.cat([hidden_states[-1], hidden_states[-2]], dim=-1)
+        prompt_embeds = prompt_embeds.to(device=device, dtype=dtype)
+
+        prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+        hidden_states = tuple(
+            layer.repeat_interleave(num_images_per_prompt, dim=0).to(device=device) for layer in hidden_states
+        )
+        attention_mask = attention_mask.repeat_interleave(num_images_per_prompt, dim=0).to(device=device)
+
+        return prompt_embeds, hidden_states, attention_mask
+
+    @staticmethod
+    def pad_embedding(prompt_embeds, max_tokens, attention_mask=None):
+        # Pad embeddings to `max_tokens` while preserving the mask of real tokens.
+        batch_size, seq_len, dim = prompt_embeds.shape
+
+        if attention_mask is None:
+            attention_mask = torch.ones((batch_size, seq_len), dtype=prompt_embeds.dtype, device=prompt_embeds.device)
+        else:
+            attention_mask = attention_mask.to(device=prompt_embeds.device, dtype=prompt_embeds.dtype)
+
+        if max_tokens < seq_len:
+            raise ValueError("`max_tokens` must be greater or equal to the current sequence length.")
+
+        if max_tokens > seq_len:
+            pad_length = max_tokens - seq_len
+            padding = torch.zeros((batch_size, pad_length, dim), dtype=prompt_embeds.dtype, device=prompt_embeds.device)
+            prompt_embeds = torch.cat([prompt_embeds, padding], dim=1)
+
+            mask_padding = torch.zeros((batch_size, pad_length), dtype=prompt_embeds.dtype, device=prompt_embeds.device)
+            attention_mask = torch.cat([attention_mask, mask_padding], dim=1)
+
+        return prompt_embeds, attention_mask
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 5,
+        negative_prompt: str | list[str] | None = None,
+        max_sequence_length: int = 3000,
+    ):
+        r"""
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                prompt to be encoded
+            device: (`torch.device`):
+                torch device
+            num_images_per_prompt (`int`):
+                number of images that should be generated per prompt
+            guidance_scale (`float`):
+                Guidance scale for classifier free guidance.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                The prompt or prompts not to guide the image generation. Ignored when not using guidance (i.e., ignored
+                if `guidance_scale` is less than `1`).
+        """
+        device = device or self.device
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        batch_size = len(prompt)
+        negative_prompt_attention_mask = None
+        negative_prompt_embeds = None
+        prompt_embeds, prompt_layers, prompt_attention_mask = self.get_prompt_embeds(
+            prompt=prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+        prompt_embeds = prompt_embeds.to(dtype=self.dtype)
+        prompt_layers = [tensor.to(dtype=self.dtype) for tensor in prompt_layers]
+
+        if guidance_scale > 1:
+            if isinstance(negative_prompt, list) and negative_prompt[0] is None:
+                negative_prompt = ""
+            negative_prompt = negative_prompt or ""
+            negative_prompt = batch_size * [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+            if prompt is not None and type(prompt) is not type(negative_prompt):
+                raise TypeError(
+                    f"`negative_prompt` should be the same type to `prompt`, but got {type(negative_prompt)} !="
+                    f" {type(prompt)}."
+                )
+            elif batch_size != len(negative_prompt):
+                raise ValueError(
+                    f"`negative_prompt`: {negative_prompt} has batch size {len(negative_prompt)}, but `prompt`:"
+                    f" {prompt} has batch size {batch_size}. Please make sure that passed `negative_prompt` matches"
+                    " the batch size of `prompt`."
+                )
+
+            negative_prompt_embeds, negative_prompt_layers, negative_prompt_attention_mask = self.get_prompt_embeds(
+                prompt=negative_prompt,
+                num_images_per_prompt=num_images_per_prompt,
+                max_sequence_length=max_sequence_length,
+                device=device,
+            )
+            negative_prompt_embeds = negative_prompt_embeds.to(dtype=self.dtype)
+            negative_prompt_layers = [tensor.to(dtype=self.dtype) for tensor in negative_prompt_layers]
+
+        # Pad to longest
+        if prompt_attention_mask is not None:
+            prompt_attention_mask = prompt_attention_mask.to(device=prompt_embeds.device, dtype=prompt_embeds.dtype)
+
+        if negative_prompt_embeds is not None:
+            if negative_prompt_attention_mask is not None:
+                negative_prompt_attention_mask = negative_prompt_attention_mask.to(
+                    device=negative_prompt_embeds.device, dtype=negative_prompt_embeds.dtype
+                )
+            max_tokens = max(negative_prompt_embeds.shape[1], prompt_embeds.shape[1])
+
+            prompt_embeds, prompt_attention_mask = self.pad_embedding(
+                prompt_embeds, max_tokens, attention_mask=prompt_attention_mask
+            )
+            prompt_layers = [self.pad_embedding(layer, max_tokens)[0] for layer in prompt_layers]
+
+            negative_prompt_embeds, negative_prompt_attention_mask = self.pad_embedding(
+                negative_prompt_embeds, max_tokens, attention_mask=negative_prompt_attention_mask
+            )
+            negative_prompt_layers = [self.pad_embedding(layer, max_tokens)[0] for layer in negative_prompt_layers]
+        else:
+            max_tokens = prompt_embeds.shape[1]
+            prompt_embeds, prompt_attention_mask = self.pad_embedding(
+                prompt_embeds, max_tokens, attention_mask=prompt_attention_mask
+            )
+            negative_prompt_layers = None
+
+        dtype = self.text_encoder.dtype
+        text_ids = torch.zeros(prompt_embeds.shape[0], max_tokens, 3).to(device=device, dtype=dtype)
+
+        return (
+            prompt_embeds,
+            negative_prompt_embeds,
+            text_ids,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            prompt_layers,
+            negative_prompt_layers,
+        )
+
+    @staticmethod
+    # Based on diffusers.pipelines.flux.pipeline_flux.FluxPipeline._unpack_latents
+    def _unpack_latents(latents, height, width, vae_scale_factor):
+        batch_size, num_patches, channels = latents.shape
+
+        height = height // vae_scale_factor
+        width = width // vae_scale_factor
+
+        latents = latents.view(batch_size, height // 2, width // 2, channels // 4, 2, 2)
+        latents = latents.permute(0, 3, 1, 4, 2, 5)
+
+        latents = latents.reshape(batch_size, channels // (2 * 2), height, width)
+        return latents
+
+    @staticmethod
+    # Copied from diffusers.pipelines.flux.pipeline_flux.FluxPipeline._prepare_latent_image_ids
+    def _prepare_latent_image_ids(batch_size, height, width, device, dtype):
+        latent_image_ids = torch.zeros(height, width, 3)
+        latent_image_ids[..., 1] = latent_image_ids[..., 1] + torch.arange(height)[:, None]
+        latent_image_ids[..., 2] = latent_image_ids[..., 2] + torch.arange(width)[None, :]
+
+        latent_image_id_height, latent_image_id_width, latent_image_id_channels = latent_image_ids.shape
+
+        latent_image_ids = latent_image_ids.reshape(
+            latent_image_id_height * latent_image_id_width, latent_image_id_channels
+        )
+
+        return latent_image_ids.to(device=device, dtype=dtype)
+
+    @staticmethod
+    def _unpack_latents_no_patch(latents, height, width, vae_scale_factor):
+        batch_size, num_patches, channels = latents.shape
+
+        height = height // vae_scale_factor
+        width = width // vae_scale_factor
+
+        latents = latents.view(batch_size, height, width, channels)
+        latents = latents.permute(0, 3, 1, 2)
+
+        return latents
+
+    @staticmethod
+    def _pack_latents_no_patch(latents, batch_size, num_channels_latents, height, width):
+        latents = latents.permute(0, 2, 3, 1)
+        latents = latents.reshape(batch_size, height * width, num_channels_latents)
+        return latents
+
+    @staticmethod
+    # Copied from diffusers.pipelines.flux.pipeline_flux.FluxPipeline._pack_latents
+    def _pack_latents(latents, batch_size, num_channels_latents, height, width):
+        latents = latents.view(batch_size, num_channels_latents, height // 2, 2, width // 2, 2)
+        latents = latents.permute(0, 2, 4, 1, 3, 5)
+        latents = latents.reshape(batch_size, (height // 2) * (width // 2), num_channels_latents * 4)
+
+        return latents
+
+    def prepare_latents(
+        self,
+        batch_size,
+        num_channels_latents,
+        height,
+        width,
+        dtype,
+        device,
+        generator,
+        latents=None,
+        do_patching=False,
+    ):
+        height = int(height) // self.vae_scale_factor
+        width = int(width) // self.vae_scale_factor
+
+        shape = (batch_size, num_channels_latents, height, width)
+
+        if latents is not None:
+            latent_image_ids = self._prepare_latent_image_ids(batch_size, height, width, device, dtype)
+            return latents.to(device=device, dtype=dtype), latent_image_ids
+
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
+                f" size of {batch_size}. Make sure the batch size matches the length of the generators."
+            )
+
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        if do_patching:
+            latents = self._pack_latents(latents, batch_size, num_channels_latents, height, width)
+            latent_image_ids = self._prepare_latent_image_ids(batch_size, height // 2, width // 2, device, dtype)
+        else:
+            latents = self._pack_latents_no_patch(latents, batch_size, num_channels_latents, height, width)
+            latent_image_ids = self._prepare_latent_image_ids(batch_size, height, width, device, dtype)
+
+        return latents, latent_image_ids
+
+    @staticmethod
+    def _prepare_attention_mask(attention_mask):
+        attention_matrix = torch.einsum("bi,bj->bij", attention_mask, attention_mask)
+
+        # convert to 0 - keep, -inf ignore
+        attention_matrix = torch.where(
+            attention_matrix == 1, 0.0, -torch.inf
+        )  # Apply -inf to ignored tokens for nulling softmax score
+        return attention_matrix
+
+    def check_inputs(
+        self,
+        prompt,
+        height,
+        width,
+        max_sequence_length=None,
+    ):
+        if height % 16 != 0 or width % 16 != 0:
+            raise ValueError(f"`height` and `width` have to be divisible by 16 but are {height} and {width}.")
+
+        if prompt is None:
+            raise ValueError("`prompt` must be provided.")
+        elif not isinstance(prompt, (str, list)):
+            raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}")
+
+        if max_sequence_length is not None and max_sequence_length > 3000:
+            raise ValueError(f"`max_sequence_length` cannot be greater than 3000 but is {max_sequence_length}")
+
+    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+        """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
+        fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
+        for name, reason in self._refused_arguments.items():
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
+                raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
+        arguments = {
+            "num_images_per_prompt": sampling.num_outputs_per_prompt,
+            "height": sampling.height,
+            "width": sampling.width,
+            "num_inference_steps": sampling.num_inference_steps,
+            "timesteps": sampling.timesteps,
+            "generator": sampling.generator,
+            "latents": sampling.latents,
+            "output_type": sampling.output_type,
+            "max_sequence_length": sampling.max_sequence_length,
+            "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "negative_prompt",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        for name in ("do_patching",):
+            if name in sampling.extra_args:
+                arguments[name] = sampling.extra_args[name]
+        return arguments
+
+    def prepare_generation(
+        self,
+        prompt: str | list[str] = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 30,
+        timesteps: list[int] = None,
+        guidance_scale: float = 5,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.FloatTensor | None = None,
+        output_type: str | None = "pil",
+        max_sequence_length: int = 3000,
+        do_patching=False,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
+
+        height = height or self.default_sample_size * self.vae_scale_factor
+        width = width or self.default_sample_size * self.vae_scale_factor
+
+        # 1. Check inputs. Raise error if not correct
+        self.check_inputs(
+            prompt=prompt,
+            height=height,
+            width=width,
+            max_sequence_length=max_sequence_length,
+        )
+
+        device = self.device
+
+        (
+            prompt_embeds,
+            negative_prompt_embeds,
+            text_ids,
+            prompt_attention_mask,
+            negative_prompt_attention_mask,
+            prompt_layers,
+            negative_prompt_layers,
+        ) = self.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            device=device,
+            max_sequence_length=max_sequence_length,
+            num_images_per_prompt=num_images_per_prompt,
+        )
+        prompt_batch_size = prompt_embeds.shape[0]
+
+        if guidance_scale > 1:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds], dim=0)
+            prompt_layers = [
+                torch.cat([negative_prompt_layers[i], prompt_layers[i]], dim=0) for i in range(len(prompt_layers))
+            ]
+            prompt_attention_mask = torch.cat([negative_prompt_attention_mask, prompt_attention_mask], dim=0)
+
+        total_num_layers_transformer = len(self.transformer.transformer_blocks) + len(
+            self.transformer.single_transformer_blocks
+        )
+        if len(prompt_layers) >= total_num_layers_transformer:
+            # remove first layers
+            prompt_layers = prompt_layers[len(prompt_layers) - total_num_layers_transformer :]
+        else:
+            # duplicate last layer
+            prompt_layers = prompt_layers + [prompt_layers[-1]] * (total_num_layers_transformer - len(prompt_layers))
+
+        # 5. Prepare latent variables
+
+        num_channels_latents = self.transformer.config.in_channels
+        if do_patching:
+            num_channels_latents = int(num_channels_latents / 4)
+
+        latents, latent_image_ids = self.prepare_latents(
+            prompt_batch_size,
+            num_channels_latents,
+            height,
+            width,
+            prompt_embeds.dtype,
+            device,
+            generator,
+            latents,
+            do_patching,
+        )
+
+        latent_attention_mask = torch.ones(
+            [latents.shape[0], latents.shape[1]], dtype=latents.dtype, device=latents.device
+        )
+        if guidance_scale > 1:
+            latent_attention_mask = latent_attention_mask.repeat(2, 1)
+
+        attention_mask = torch.cat([prompt_attention_mask, latent_attention_mask], dim=1)
+        attention_mask = self._prepare_attention_mask(attention_mask)  # batch, seq => batch, seq, seq
+        attention_mask = attention_mask.unsqueeze(dim=1).to(dtype=self.dtype)  # for head broadcasting
+
+        joint_attention_kwargs = {}
+        joint_attention_kwargs["attention_mask"] = attention_mask
+
+        # Adapt scheduler to dynamic shifting (resolution dependent)
+
+        if do_patching:
+            seq_len = (height // (self.vae_scale_factor * 2)) * (width // (self.vae_scale_factor * 2))
+        else:
+            seq_len = (height // self.vae_scale_factor) * (width // self.vae_scale_factor)
+
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+
+        mu = calculate_shift(
+            seq_len,
+            self.scheduler.config.base_image_seq_len,
+            self.scheduler.config.max_image_seq_len,
+            self.scheduler.config.base_shift,
+            self.scheduler.config.max_shift,
+        )
+
+        # Init sigmas and timesteps according to shift size
+        # This changes the scheduler in-place according to the dynamic scheduling
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler,
+            num_inference_steps=num_inference_steps,
+            device=device,
+            timesteps=None,
+            sigmas=sigmas,
+            mu=mu,
+        )
+
+        # Support old different diffusers versions
+        if len(latent_image_ids.shape) == 3:
+            latent_image_ids = latent_image_ids[0]
+
+        if len(text_ids.shape) == 3:
+            text_ids = text_ids[0]
+        return (
+            {
+                "latents": latents,
+                "timesteps": timesteps,
+                "prompt_embeds": prompt_embeds,
+                "prompt_layers": prompt_layers,
+                "joint_attention_kwargs": joint_attention_kwargs,
+                "text_ids": text_ids,
+                "latent_image_ids": latent_image_ids,
+                "guidance_scale": guidance_scale,
+            },
+            {
+                "output_type": output_type,
+                "do_patching": do_patching,
+                "height": height,
+                "width": width,
+            },
+        )
+
+    def predict_guided_noise(
+        self,
+        latents,
+        t,
+        prompt_embeds,
+        prompt_layers,
+        joint_attention_kwargs,
+        text_ids,
+        latent_image_ids,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The prediction that one scheduler step takes, guided if the request is."""
+
+        # expand the latents if we are doing classifier free guidance
+        latent_model_input = latents
+
+        # broadcast to batch dimension in a way that's compatible with ONNX/Core ML
+        timestep = t.expand(latent_model_input.shape[0]).to(
+            device=latent_model_input.device, dtype=latent_model_input.dtype
+        )
+        positive_kwargs = {
+            "hidden_states": latent_model_input,
+            "timestep": timestep,
+            "encoder_hidden_states": prompt_embeds,
+            "text_encoder_layers": prompt_layers,
+            "joint_attention_kwargs": joint_attention_kwargs,
+            "txt_ids": text_ids,
+            "img_ids": latent_image_ids,
+        }
+        negative_kwargs = None
+        if guidance_scale > 1:
+            negative_joint_attention_kwargs = {
+                key: None if each is None else each.chunk(2)[0] for key, each in joint_attention_kwargs.items()
+            }
+            joint_attention_kwargs = {
+                key: None if each is None else each.chunk(2)[1] for key, each in joint_attention_kwargs.items()
+            }
+            negative_prompt_embeds, prompt_embeds = prompt_embeds.chunk(2)
+            negative_prompt_layers = [each.chunk(2)[0] for each in prompt_layers]
+            prompt_layers = [each.chunk(2)[1] for each in prompt_layers]
+            negative_kwargs = positive_kwargs | {
+                "encoder_hidden_states": negative_prompt_embeds,
+                "text_encoder_layers": negative_prompt_layers,
+                "joint_attention_kwargs": negative_joint_attention_kwargs,
+            }
+            positive_kwargs = positive_kwargs | {
+                "encoder_hidden_states": prompt_embeds,
+                "text_encoder_layers": prompt_layers,
+                "joint_attention_kwargs": joint_attention_kwargs,
+            }
+        return self.predict_noise_maybe_with_cfg(
+            guidance_scale > 1, guidance_scale, positive_kwargs, negative_kwargs, cfg_normalize=False
+        )
+
+    def diffuse(
+        self,
+        latents,
+        timesteps,
+        prompt_embeds,
+        prompt_layers,
+        joint_attention_kwargs,
+        text_ids,
+        latent_image_ids,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The denoising loop."""
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for t in timesteps:
+                noise_pred = self.predict_guided_noise(
+                    latents=latents,
+                    t=t,
+                    prompt_embeds=prompt_embeds,
+                    prompt_layers=prompt_layers,
+                    joint_attention_kwargs=joint_attention_kwargs,
+                    text_ids=text_ids,
+                    latent_image_ids=latent_image_ids,
+                    guidance_scale=guidance_scale,
+                )
+                # compute the previous noisy sample x_t -> x_t-1
+                latents = self.scheduler_step_maybe_with_cfg(noise_pred, t, latents, do_true_cfg=False)
+                progress_bar.update()
+        return latents
+
+    def decode(
+        self,
+        latents,
+        output_type,
+        do_patching,
+        height,
+        width,
+    ) -> torch.Tensor:
+        """What Diffusers returns, before post-processing."""
+
+        if output_type == "latent":
+            image = latents
+
+        else:
+            if do_patching:
+                latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
+            else:
+                latents = self._unpack_latents_no_patch(latents, height, width, self.vae_scale_factor)
+
+            latents = latents.unsqueeze(dim=2)
+            latents_device = latents[0].device
+            latents_dtype = latents[0].dtype
+            latents_mean = (
+                torch.tensor(self.vae.config.latents_mean)
+                .view(1, self.vae.config.z_dim, 1, 1, 1)
+                .to(latents_device, latents_dtype)
+            )
+            latents_std = 1.0 / torch.tensor(self.vae.config.latents_std).view(1, self.vae.config.z_dim, 1, 1, 1).to(
+                latents_device, latents_dtype
+            )
+            latents_scaled = torch.cat([latent / latents_std + latents_mean for latent in latents], dim=0)
+            image = self.vae.decode(latents_scaled, return_dict=False)[0]
+            image = image.squeeze(dim=2)
+        return image
+
+    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
+        """One call of the pipeline."""
+        inputs, decode_inputs = self.prepare_generation(**arguments)
+        return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
+
+    def finish(self, **inputs: Any) -> DiffusionOutput:
+        """Decode, and wrap for the engine."""
+        output = DiffusionOutput(output=self.decode(**inputs))
+        if self.enable_diffusion_pipeline_profiler:
+            output.stage_durations = self.stage_durations
+        return output
+
+    def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
+        requests = [self.request_arguments(p, s) for p, s in zip(req.prompts, req.sampling_params_list, strict=True)]
+        return [self.generate(arguments) for arguments in requests]
+
+    def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
+        """Step execution: encode one request and give it a scheduler of its own."""
+        inputs, state.extra["decode"] = self.prepare_generation(**self.request_arguments(state.prompt, state.sampling))
+        state.latents = inputs.pop("latents")
+        state.timesteps = inputs.pop("timesteps")
+        state.step_index = 0
+        state.scheduler = copy.deepcopy(self.scheduler)
+        state.extra["denoise"] = inputs
+        return state
+
+    def denoise_step(
+        self, input_batch: InputBatch, *, states: Sequence[StepRequestState] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Step execution: predict for each request at its own timestep."""
+        predictions = []
+        for state in states if states is not None else input_batch.states:
+            inputs = state.extra["denoise"]
+            predictions.append(
+                self.predict_guided_noise(
+                    latents=state.latents,
+                    t=state.current_timestep,
+                    prompt_embeds=inputs["prompt_embeds"],
+                    prompt_layers=inputs["prompt_layers"],
+                    joint_attention_kwargs=inputs["joint_attention_kwargs"],
+                    text_ids=inputs["text_ids"],
+                    latent_image_ids=inputs["latent_image_ids"],
+                    guidance_scale=inputs["guidance_scale"],
+                )
+            )
+        return torch.cat(predictions)
+
+    def step_scheduler(self, state: StepRequestState, noise_pred: torch.Tensor, **kwargs: Any) -> None:
+        """Step execution: one step of the request's own scheduler."""
+        state.latents = self.scheduler_step_maybe_with_cfg(
+            noise_pred, state.current_timestep, state.latents, do_true_cfg=False, per_request_scheduler=state.scheduler
+        )
+        state.step_index += 1
+
+    def post_decode(self, state: StepRequestState, **kwargs: Any) -> DiffusionOutput:
+        """Step execution: decode a finished request."""
+        return self.finish(latents=state.latents, **state.extra["decode"])
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights)

@@ -1,0 +1,719 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
+# Ported by porter from diffusers.CogView4Pipeline (pipelines/cogview4/pipeline_cogview4.py, diffusers 0.40.0), rule set 2343f5376766.
+# Generated: edit the rules, not this file.
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import hf_hub_download
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl import DistributedAutoencoderKL
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_prefetch
+from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
+from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
+from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
+from vllm_omni.diffusion.worker.input_batch import InputBatch
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.diffusion.worker.utils import StepRequestState
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+
+from .cog_view4_transformer import CogView4Transformer2DModel
+
+
+def calculate_shift(
+    image_seq_len,
+    base_seq_len: int = 256,
+    base_shift: float = 0.25,
+    max_shift: float = 0.75,
+) -> float:
+    m = (image_seq_len / base_seq_len) ** 0.5
+    mu = m * max_shift + base_shift
+    return mu
+
+
+def retrieve_timesteps(
+    scheduler,
+    num_inference_steps: int | None = None,
+    device: str | torch.device | None = None,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+    **kwargs,
+):
+    r"""
+    Calls the scheduler's `set_timesteps` method and retrieves timesteps from the scheduler after the call. Handles
+    custom timesteps. Any kwargs will be supplied to `scheduler.set_timesteps`.
+
+    Args:
+        scheduler (`SchedulerMixin`):
+            The scheduler to get timesteps from.
+        num_inference_steps (`int`):
+            The number of diffusion steps used when generating samples with a pre-trained model. If used, `timesteps`
+            must be `None`.
+        device (`str` or `torch.device`, *optional*):
+            The device to which the timesteps should be moved to. If `None`, the timesteps are not moved.
+        timesteps (`list[int]`, *optional*):
+            Custom timesteps used to override the timestep spacing strategy of the scheduler. If `timesteps` is passed,
+            `num_inference_steps` and `sigmas` must be `None`.
+        sigmas (`list[float]`, *optional*):
+            Custom sigmas used to override the timestep spacing strategy of the scheduler. If `sigmas` is passed,
+            `num_inference_steps` and `timesteps` must be `None`.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: A tuple where the first element is the timestep schedule from the scheduler and the
+        second element is the number of inference steps.
+    """
+    accepts_timesteps = "timesteps" in set(inspect.signature(scheduler.set_timesteps).parameters.keys())
+    accepts_sigmas = "sigmas" in set(inspect.signature(scheduler.set_timesteps).parameters.keys())
+
+    if timesteps is not None and sigmas is not None:
+        if not accepts_timesteps and not accepts_sigmas:
+            raise ValueError(
+                f"The current scheduler class {scheduler.__class__}'s `set_timesteps` does not support custom"
+                f" timestep or sigma schedules. Please check whether you are using the correct scheduler."
+            )
+        scheduler.set_timesteps(timesteps=timesteps, sigmas=sigmas, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+        num_inference_steps = len(timesteps)
+    elif timesteps is not None and sigmas is None:
+        if not accepts_timesteps:
+            raise ValueError(
+                f"The current scheduler class {scheduler.__class__}'s `set_timesteps` does not support custom"
+                f" timestep schedules. Please check whether you are using the correct scheduler."
+            )
+        scheduler.set_timesteps(timesteps=timesteps, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+        num_inference_steps = len(timesteps)
+    elif timesteps is None and sigmas is not None:
+        if not accepts_sigmas:
+            raise ValueError(
+                f"The current scheduler class {scheduler.__class__}'s `set_timesteps` does not support custom"
+                f" sigmas schedules. Please check whether you are using the correct scheduler."
+            )
+        scheduler.set_timesteps(sigmas=sigmas, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+        num_inference_steps = len(timesteps)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+    return timesteps, num_inference_steps
+
+
+logger = init_logger(__name__)  # pylint: disable=invalid-name
+
+
+def read_json(od_config: OmniDiffusionConfig, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint."""
+    if os.path.isdir(od_config.model):
+        path = os.path.join(od_config.model, name)
+    else:
+        path = hf_hub_download(od_config.model, name, revision=od_config.revision)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], name: str, **kwargs: Any) -> Any:
+    """Load one component from its subfolder, as the class that model_index.json names."""
+    library, class_name = model_index[name]
+    component_class = {"AutoencoderKL": DistributedAutoencoderKL}.get(class_name) or getattr(
+        importlib.import_module(library), class_name
+    )
+    return from_pretrained_with_prefetch(
+        component_class.from_pretrained,
+        od_config.model,
+        subfolder=name,
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
+        local_files_only=os.path.isdir(od_config.model),
+        revision=od_config.revision,
+        **kwargs,
+    )
+
+
+def get_cog_view4_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
+    """Post-processing of `CogView4Pipeline`; it runs in the engine process, where no model is loaded."""
+    processor = VaeImageProcessor()
+
+    def post_process_func(image: torch.Tensor, sampling_params: OmniDiffusionSamplingParams | None = None) -> Any:
+        output_type = sampling_params.output_type if sampling_params is not None else None
+        if output_type is None:
+            output_type = "pil"
+        if output_type == "latent":
+            return image
+        return processor.postprocess(image, output_type=output_type)
+
+    return post_process_func
+
+
+class CogView4Pipeline(
+    nn.Module, CFGParallelMixin, ProgressBarMixin, DiffusionPipelineProfilerMixin, SupportsComponentDiscovery
+):
+    """Pipeline for text-to-image generation using CogView4."""
+
+    supports_request_batch: ClassVar[bool] = False
+    supports_step_execution: ClassVar[bool] = True
+    default_num_inference_steps: ClassVar[int] = 50
+    _dit_modules: ClassVar[list[str]] = ["transformer"]
+    _encoder_modules: ClassVar[list[str]] = ["text_encoder"]
+    _vae_modules: ClassVar[list[str]] = ["vae"]
+    _PROFILER_TARGETS: ClassVar[list[str]] = ["text_encoder.forward", "diffuse", "vae.decode"]
+    _refused_arguments: ClassVar[dict[str, str]] = {
+        "return_dict": "the engine always returns its own output object",
+        "attention_kwargs": "attention processors take no per-call arguments here; LoRA scale is the engine's lora_scale",
+        "callback_on_step_end": "the engine reports progress itself and calls nothing back",
+        "callback_on_step_end_tensor_inputs": "the engine reports progress itself and calls nothing back",
+    }
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
+        super().__init__()
+        self.od_config = od_config
+        self.parallel_config = od_config.parallel_config
+        self.device = get_local_device()
+        self.dtype = od_config.dtype
+        model_index = read_json(od_config, "model_index.json")
+
+        # Offloaded components wait on the CPU until the engine moves them.
+        device = torch.device("cpu") if od_config.enable_cpu_offload else self.device
+        self.tokenizer = load_component(od_config, model_index, "tokenizer")
+        self.text_encoder = load_component(od_config, model_index, "text_encoder", dtype=od_config.dtype).to(device)
+        self.vae = load_component(od_config, model_index, "vae", torch_dtype=od_config.dtype).to(device)
+        self.scheduler = load_component(od_config, model_index, "scheduler")
+        self.weights_sources = [
+            DiffusersPipelineLoader.ComponentSource(
+                model_or_path=od_config.model,
+                subfolder=name,
+                revision=od_config.revision,
+                prefix=f"{name}.",
+                fall_back_to_pt=True,
+            )
+            for name in self._dit_modules
+        ]
+        self.transformer = CogView4Transformer2DModel(
+            od_config=od_config,
+            quant_config=od_config.quantization_config,
+            prefix=maybe_prefix(prefix, "transformer"),
+            **get_transformer_config_kwargs(od_config.tf_model_config, CogView4Transformer2DModel),
+        )
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.setup_diffusion_pipeline_profiler(
+            enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
+        )
+
+    def _get_glm_embeds(
+        self,
+        prompt: str | list[str] = None,
+        max_sequence_length: int = 1024,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        device = device or self.device
+        dtype = dtype or self.text_encoder.dtype
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+
+        text_inputs = self.tokenizer(
+            prompt,
+            padding="longest",  # not use max length
+            max_length=max_sequence_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        text_input_ids = text_inputs.input_ids
+        untruncated_ids = self.tokenizer(prompt, padding="longest", return_tensors="pt").input_ids
+        if untruncated_ids.shape[-1] >= text_input_ids.shape[-1] and not torch.equal(text_input_ids, untruncated_ids):
+            removed_text = self.tokenizer.batch_decode(untruncated_ids[:, max_sequence_length - 1 : -1])
+            logger.warning(
+                "The following part of your input was truncated because `max_sequence_length` is set to "
+                f" {max_sequence_length} tokens: {removed_text}"
+            )
+        current_length = text_input_ids.shape[1]
+        pad_length = (16 - (current_length % 16)) % 16
+        if pad_length > 0:
+            pad_ids = torch.full(
+                (text_input_ids.shape[0], pad_length),
+                fill_value=self.tokenizer.pad_token_id,
+                dtype=text_input_ids.dtype,
+                device=text_input_ids.device,
+            )
+            text_input_ids = torch.cat([pad_ids, text_input_ids], dim=1)
+        prompt_embeds = self.text_encoder(text_input_ids.to(device), output_hidden_states=True).hidden_states[-2]
+
+        prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
+        return prompt_embeds
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_sequence_length: int = 1024,
+    ):
+        r"""
+        Encodes the prompt into text encoder hidden states.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                prompt to be encoded
+            negative_prompt (`str` or `list[str]`, *optional*):
+                The prompt or prompts not to guide the image generation. If not defined, one has to pass
+                `negative_prompt_embeds` instead. Ignored when not using guidance (i.e., ignored if `guidance_scale` is
+                less than `1`).
+            do_classifier_free_guidance (`bool`, *optional*, defaults to `True`):
+                Whether to use classifier free guidance or not.
+            num_images_per_prompt (`int`, *optional*, defaults to 1):
+                Number of images that should be generated per prompt. torch device to place the resulting embeddings on
+            prompt_embeds (`torch.Tensor`, *optional*):
+                Pre-generated text embeddings. Can be used to easily tweak text inputs, *e.g.* prompt weighting. If not
+                provided, text embeddings will be generated from `prompt` input argument.
+            negative_prompt_embeds (`torch.Tensor`, *optional*):
+                Pre-generated negative text embeddings. Can be used to easily tweak text inputs, *e.g.* prompt
+                weighting. If not provided, negative_prompt_embeds will be generated from `negative_prompt` input
+                argument.
+            device: (`torch.device`, *optional*):
+                torch device
+            dtype: (`torch.dtype`, *optional*):
+                torch dtype
+            max_sequence_length (`int`, defaults to `1024`):
+                Maximum sequence length in encoded prompt. Can be set to other values but may lead to poorer results.
+        """
+        device = device or self.device
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        if prompt is not None:
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        if prompt_embeds is None:
+            prompt_embeds = self._get_glm_embeds(prompt, max_sequence_length, device, dtype)
+
+        seq_len = prompt_embeds.size(1)
+        prompt_embeds = prompt_embeds.repeat(1, num_images_per_prompt, 1)
+        prompt_embeds = prompt_embeds.view(batch_size * num_images_per_prompt, seq_len, -1)
+
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative_prompt = negative_prompt or ""
+            negative_prompt = batch_size * [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+
+            if prompt is not None and type(prompt) is not type(negative_prompt):
+                raise TypeError(
+                    f"`negative_prompt` should be the same type to `prompt`, but got {type(negative_prompt)} !="
+                    f" {type(prompt)}."
+                )
+            elif batch_size != len(negative_prompt):
+                raise ValueError(
+                    f"`negative_prompt`: {negative_prompt} has batch size {len(negative_prompt)}, but `prompt`:"
+                    f" {prompt} has batch size {batch_size}. Please make sure that passed `negative_prompt` matches"
+                    " the batch size of `prompt`."
+                )
+
+            negative_prompt_embeds = self._get_glm_embeds(negative_prompt, max_sequence_length, device, dtype)
+
+            seq_len = negative_prompt_embeds.size(1)
+            negative_prompt_embeds = negative_prompt_embeds.repeat(1, num_images_per_prompt, 1)
+            negative_prompt_embeds = negative_prompt_embeds.view(batch_size * num_images_per_prompt, seq_len, -1)
+
+        return prompt_embeds, negative_prompt_embeds
+
+    def prepare_latents(self, batch_size, num_channels_latents, height, width, dtype, device, generator, latents=None):
+        if latents is not None:
+            return latents.to(device)
+
+        shape = (
+            batch_size,
+            num_channels_latents,
+            int(height) // self.vae_scale_factor,
+            int(width) // self.vae_scale_factor,
+        )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
+                f" size of {batch_size}. Make sure the batch size matches the length of the generators."
+            )
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents
+
+    def check_inputs(
+        self,
+        prompt,
+        height,
+        width,
+        negative_prompt,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+    ):
+        if height % 16 != 0 or width % 16 != 0:
+            raise ValueError(f"`height` and `width` have to be divisible by 16 but are {height} and {width}.")
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `prompt`: {prompt} and `prompt_embeds`: {prompt_embeds}. Please make sure to"
+                " only forward one of the two."
+            )
+        elif prompt is None and prompt_embeds is None:
+            raise ValueError(
+                "Provide either `prompt` or `prompt_embeds`. Cannot leave both `prompt` and `prompt_embeds` undefined."
+            )
+        elif prompt is not None and (not isinstance(prompt, str) and not isinstance(prompt, list)):
+            raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}")
+
+        if prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `prompt`: {prompt} and `negative_prompt_embeds`:"
+                f" {negative_prompt_embeds}. Please make sure to only forward one of the two."
+            )
+
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `negative_prompt`: {negative_prompt} and `negative_prompt_embeds`:"
+                f" {negative_prompt_embeds}. Please make sure to only forward one of the two."
+            )
+
+        if prompt_embeds is not None and negative_prompt_embeds is not None:
+            if prompt_embeds.shape[0] != negative_prompt_embeds.shape[0]:
+                raise ValueError(
+                    "`prompt_embeds` and `negative_prompt_embeds` must have the same batch size when passed directly, but"
+                    f" got: `prompt_embeds` {prompt_embeds.shape} and `negative_prompt_embeds`"
+                    f" {negative_prompt_embeds.shape}."
+                )
+            if prompt_embeds.shape[-1] != negative_prompt_embeds.shape[-1]:
+                raise ValueError(
+                    "`prompt_embeds` and `negative_prompt_embeds` must have the same dimension when passed directly, but"
+                    f" got: `prompt_embeds` {prompt_embeds.shape} and `negative_prompt_embeds`"
+                    f" {negative_prompt_embeds.shape}."
+                )
+
+    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+        """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
+        fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
+        for name, reason in self._refused_arguments.items():
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
+                raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
+        arguments = {
+            "num_images_per_prompt": sampling.num_outputs_per_prompt,
+            "height": sampling.height,
+            "width": sampling.width,
+            "num_inference_steps": sampling.num_inference_steps,
+            "timesteps": sampling.timesteps,
+            "sigmas": sampling.sigmas,
+            "generator": sampling.generator,
+            "latents": sampling.latents,
+            "output_type": sampling.output_type,
+            "max_sequence_length": sampling.max_sequence_length,
+            "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "prompt_embeds",
+            "negative_prompt_embeds",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        for name in (
+            "original_size",
+            "crops_coords_top_left",
+        ):
+            if name in sampling.extra_args:
+                arguments[name] = sampling.extra_args[name]
+        return arguments
+
+    def prepare_generation(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 5.0,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.FloatTensor | None = None,
+        prompt_embeds: torch.FloatTensor | None = None,
+        negative_prompt_embeds: torch.FloatTensor | None = None,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        output_type: str = "pil",
+        max_sequence_length: int = 1024,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
+
+        height = height or self.transformer.config.sample_size * self.vae_scale_factor
+        width = width or self.transformer.config.sample_size * self.vae_scale_factor
+
+        original_size = original_size or (height, width)
+        target_size = (height, width)
+
+        # Check inputs. Raise error if not correct
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
+        do_classifier_free_guidance = guidance_scale > 1
+
+        # Default call parameters
+        if prompt is not None and isinstance(prompt, str):
+            batch_size = 1
+        elif prompt is not None and isinstance(prompt, list):
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        device = self.device
+
+        # Encode input prompt
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            negative_prompt,
+            do_classifier_free_guidance,
+            num_images_per_prompt=num_images_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+
+        # Prepare latents
+        latent_channels = self.transformer.config.in_channels
+        latents = self.prepare_latents(
+            batch_size * num_images_per_prompt,
+            latent_channels,
+            height,
+            width,
+            torch.float32,
+            device,
+            generator,
+            latents,
+        )
+
+        # Prepare additional timestep conditions
+        original_size = torch.tensor([original_size], dtype=prompt_embeds.dtype, device=device)
+        target_size = torch.tensor([target_size], dtype=prompt_embeds.dtype, device=device)
+        crops_coords_top_left = torch.tensor([crops_coords_top_left], dtype=prompt_embeds.dtype, device=device)
+
+        original_size = original_size.repeat(batch_size * num_images_per_prompt, 1)
+        target_size = target_size.repeat(batch_size * num_images_per_prompt, 1)
+        crops_coords_top_left = crops_coords_top_left.repeat(batch_size * num_images_per_prompt, 1)
+
+        # Prepare timesteps
+        image_seq_len = ((height // self.vae_scale_factor) * (width // self.vae_scale_factor)) // (
+            self.transformer.config.patch_size**2
+        )
+        timesteps = (
+            np.linspace(self.scheduler.config.num_train_timesteps, 1.0, num_inference_steps)
+            if timesteps is None
+            else np.array(timesteps)
+        )
+        timesteps = timesteps.astype(np.int64).astype(np.float32)
+        sigmas = timesteps / self.scheduler.config.num_train_timesteps if sigmas is None else sigmas
+        mu = calculate_shift(
+            image_seq_len,
+            self.scheduler.config.get("base_image_seq_len", 256),
+            self.scheduler.config.get("base_shift", 0.25),
+            self.scheduler.config.get("max_shift", 0.75),
+        )
+        timestep_device = device
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, timestep_device, timesteps, sigmas, mu=mu
+        )
+
+        # Denoising loop
+        transformer_dtype = self.dtype
+        return (
+            {
+                "latents": latents,
+                "timesteps": timesteps,
+                "transformer_dtype": transformer_dtype,
+                "prompt_embeds": prompt_embeds,
+                "original_size": original_size,
+                "target_size": target_size,
+                "crops_coords_top_left": crops_coords_top_left,
+                "do_classifier_free_guidance": do_classifier_free_guidance,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "guidance_scale": guidance_scale,
+            },
+            {
+                "output_type": output_type,
+                "generator": generator,
+            },
+        )
+
+    def predict_guided_noise(
+        self,
+        latents,
+        transformer_dtype,
+        t,
+        prompt_embeds,
+        original_size,
+        target_size,
+        crops_coords_top_left,
+        do_classifier_free_guidance,
+        negative_prompt_embeds,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The prediction that one scheduler step takes, guided if the request is."""
+        latent_model_input = latents.to(transformer_dtype)
+
+        # broadcast to batch dimension in a way that's compatible with ONNX/Core ML
+        timestep = t.expand(latents.shape[0])
+        positive_kwargs = {
+            "hidden_states": latent_model_input,
+            "encoder_hidden_states": prompt_embeds,
+            "timestep": timestep,
+            "original_size": original_size,
+            "target_size": target_size,
+            "crop_coords": crops_coords_top_left,
+        }
+        negative_kwargs = positive_kwargs | {
+            "encoder_hidden_states": negative_prompt_embeds,
+        }
+        return self.predict_noise_maybe_with_cfg(
+            do_classifier_free_guidance, guidance_scale, positive_kwargs, negative_kwargs, cfg_normalize=False
+        )
+
+    def diffuse(
+        self,
+        latents,
+        timesteps,
+        transformer_dtype,
+        prompt_embeds,
+        original_size,
+        target_size,
+        crops_coords_top_left,
+        do_classifier_free_guidance,
+        negative_prompt_embeds,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The denoising loop."""
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for t in timesteps:
+                noise_pred = self.predict_guided_noise(
+                    latents=latents,
+                    transformer_dtype=transformer_dtype,
+                    t=t,
+                    prompt_embeds=prompt_embeds,
+                    original_size=original_size,
+                    target_size=target_size,
+                    crops_coords_top_left=crops_coords_top_left,
+                    do_classifier_free_guidance=do_classifier_free_guidance,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    guidance_scale=guidance_scale,
+                )
+
+                latents = self.scheduler_step_maybe_with_cfg(
+                    noise_pred, t, latents, do_true_cfg=do_classifier_free_guidance
+                )
+                progress_bar.update()
+        return latents
+
+    def decode(
+        self,
+        latents,
+        output_type,
+        generator,
+    ) -> torch.Tensor:
+        """What Diffusers returns, before post-processing."""
+
+        if not output_type == "latent":
+            latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+            image = self.vae.decode(latents, return_dict=False, generator=generator)[0]
+        else:
+            image = latents
+        return image
+
+    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
+        """One call of the pipeline."""
+        inputs, decode_inputs = self.prepare_generation(**arguments)
+        return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
+
+    def finish(self, **inputs: Any) -> DiffusionOutput:
+        """Decode, and wrap for the engine."""
+        output = DiffusionOutput(output=self.decode(**inputs))
+        if self.enable_diffusion_pipeline_profiler:
+            output.stage_durations = self.stage_durations
+        return output
+
+    def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
+        requests = [self.request_arguments(p, s) for p, s in zip(req.prompts, req.sampling_params_list, strict=True)]
+        return [self.generate(arguments) for arguments in requests]
+
+    def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
+        """Step execution: encode one request and give it a scheduler of its own."""
+        inputs, state.extra["decode"] = self.prepare_generation(**self.request_arguments(state.prompt, state.sampling))
+        state.latents = inputs.pop("latents")
+        state.timesteps = inputs.pop("timesteps")
+        state.step_index = 0
+        state.scheduler = copy.deepcopy(self.scheduler)
+        state.extra["denoise"] = inputs
+        return state
+
+    def denoise_step(
+        self, input_batch: InputBatch, *, states: Sequence[StepRequestState] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Step execution: predict for each request at its own timestep."""
+        predictions = []
+        for state in states if states is not None else input_batch.states:
+            inputs = state.extra["denoise"]
+            predictions.append(
+                self.predict_guided_noise(
+                    latents=state.latents,
+                    transformer_dtype=inputs["transformer_dtype"],
+                    t=state.current_timestep,
+                    prompt_embeds=inputs["prompt_embeds"],
+                    original_size=inputs["original_size"],
+                    target_size=inputs["target_size"],
+                    crops_coords_top_left=inputs["crops_coords_top_left"],
+                    do_classifier_free_guidance=inputs["do_classifier_free_guidance"],
+                    negative_prompt_embeds=inputs["negative_prompt_embeds"],
+                    guidance_scale=inputs["guidance_scale"],
+                )
+            )
+        return torch.cat(predictions)
+
+    def step_scheduler(self, state: StepRequestState, noise_pred: torch.Tensor, **kwargs: Any) -> None:
+        """Step execution: one step of the request's own scheduler."""
+        state.latents = self.scheduler_step_maybe_with_cfg(
+            noise_pred, state.current_timestep, state.latents, do_true_cfg=False, per_request_scheduler=state.scheduler
+        )
+        state.step_index += 1
+
+    def post_decode(self, state: StepRequestState, **kwargs: Any) -> DiffusionOutput:
+        """Step execution: decode a finished request."""
+        return self.finish(latents=state.latents, **state.extra["decode"])
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights)

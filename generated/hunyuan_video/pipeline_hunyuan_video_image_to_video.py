@@ -1,0 +1,1019 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
+# Ported by porter from diffusers.HunyuanVideoImageToVideoPipeline (pipelines/hunyuan_video/pipeline_hunyuan_video_image2video.py, diffusers 0.40.0), rule set 2343f5376766.
+# Generated: edit the rules, not this file.
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.media import (
+    DiffusionMediaOutput,
+    VideoMediaOutput,
+    VideoTensorEncoding,
+    VideoTensorLayout,
+    VideoTensorSpec,
+    VideoValueRange,
+)
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_prefetch
+from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
+from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
+from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
+from vllm_omni.diffusion.worker.input_batch import InputBatch
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.diffusion.worker.utils import StepRequestState
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+
+from .hunyuan_video_transformer import HunyuanVideoTransformer3DModel
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.retrieve_timesteps
+def retrieve_timesteps(
+    scheduler,
+    num_inference_steps: int | None = None,
+    device: str | torch.device | None = None,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+    **kwargs,
+):
+    r"""
+    Calls the scheduler's `set_timesteps` method and retrieves timesteps from the scheduler after the call. Handles
+    custom timesteps. Any kwargs will be supplied to `scheduler.set_timesteps`.
+
+    Args:
+        scheduler (`SchedulerMixin`):
+            The scheduler to get timesteps from.
+        num_inference_steps (`int`):
+            The number of diffusion steps used when generating samples with a pre-trained model. If used, `timesteps`
+            must be `None`.
+        device (`str` or `torch.device`, *optional*):
+            The device to which the timesteps should be moved to. If `None`, the timesteps are not moved.
+        timesteps (`list[int]`, *optional*):
+            Custom timesteps used to override the timestep spacing strategy of the scheduler. If `timesteps` is passed,
+            `num_inference_steps` and `sigmas` must be `None`.
+        sigmas (`list[float]`, *optional*):
+            Custom sigmas used to override the timestep spacing strategy of the scheduler. If `sigmas` is passed,
+            `num_inference_steps` and `timesteps` must be `None`.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: A tuple where the first element is the timestep schedule from the scheduler and the
+        second element is the number of inference steps.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one to set custom values")
+    if timesteps is not None:
+        accepts_timesteps = "timesteps" in set(inspect.signature(scheduler.set_timesteps).parameters.keys())
+        if not accepts_timesteps:
+            raise ValueError(
+                f"The current scheduler class {scheduler.__class__}'s `set_timesteps` does not support custom"
+                f" timestep schedules. Please check whether you are using the correct scheduler."
+            )
+        scheduler.set_timesteps(timesteps=timesteps, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+        num_inference_steps = len(timesteps)
+    elif sigmas is not None:
+        accept_sigmas = "sigmas" in set(inspect.signature(scheduler.set_timesteps).parameters.keys())
+        if not accept_sigmas:
+            raise ValueError(
+                f"The current scheduler class {scheduler.__class__}'s `set_timesteps` does not support custom"
+                f" sigmas schedules. Please check whether you are using the correct scheduler."
+            )
+        scheduler.set_timesteps(sigmas=sigmas, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+        num_inference_steps = len(timesteps)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+    return timesteps, num_inference_steps
+
+
+def _expand_input_ids_with_image_tokens(
+    text_input_ids,
+    prompt_attention_mask,
+    max_sequence_length,
+    image_token_index,
+    image_emb_len,
+    image_emb_start,
+    image_emb_end,
+    pad_token_id,
+):
+    special_image_token_mask = text_input_ids == image_token_index
+    num_special_image_tokens = torch.sum(special_image_token_mask, dim=-1)
+    batch_indices, non_image_indices = torch.where(text_input_ids != image_token_index)
+
+    max_expanded_length = max_sequence_length + (num_special_image_tokens.max() * (image_emb_len - 1))
+    new_token_positions = torch.cumsum((special_image_token_mask * (image_emb_len - 1) + 1), -1) - 1
+    text_to_overwrite = new_token_positions[batch_indices, non_image_indices]
+
+    expanded_input_ids = torch.full(
+        (text_input_ids.shape[0], max_expanded_length),
+        pad_token_id,
+        dtype=text_input_ids.dtype,
+        device=text_input_ids.device,
+    )
+    expanded_input_ids[batch_indices, text_to_overwrite] = text_input_ids[batch_indices, non_image_indices]
+    expanded_input_ids[batch_indices, image_emb_start:image_emb_end] = image_token_index
+
+    expanded_attention_mask = torch.zeros(
+        (text_input_ids.shape[0], max_expanded_length),
+        dtype=prompt_attention_mask.dtype,
+        device=prompt_attention_mask.device,
+    )
+    attn_batch_indices, attention_indices = torch.where(expanded_input_ids != pad_token_id)
+    expanded_attention_mask[attn_batch_indices, attention_indices] = 1.0
+    expanded_attention_mask = expanded_attention_mask.to(prompt_attention_mask.dtype)
+    position_ids = (expanded_attention_mask.cumsum(-1) - 1).masked_fill_((expanded_attention_mask == 0), 1)
+
+    return {
+        "input_ids": expanded_input_ids,
+        "attention_mask": expanded_attention_mask,
+        "position_ids": position_ids,
+    }
+
+
+logger = init_logger(__name__)  # pylint: disable=invalid-name
+
+
+DEFAULT_PROMPT_TEMPLATE = {
+    "template": (
+        "<|start_header_id|>system<|end_header_id|>\n\n<image>\nDescribe the video by detailing the following aspects according to the reference image: "
+        "1. The main content and theme of the video."
+        "2. The color, shape, size, texture, quantity, text, and spatial relationships of the objects."
+        "3. Actions, events, behaviors temporal relationships, physical movement changes of the objects."
+        "4. background environment, light, style and atmosphere."
+        "5. camera angles, movements, and transitions used in the video:<|eot_id|>\n\n"
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "crop_start": 103,
+    "image_emb_start": 5,
+    "image_emb_end": 581,
+    "image_emb_len": 576,
+}
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img.retrieve_latents
+def retrieve_latents(
+    encoder_output: torch.Tensor, generator: torch.Generator | None = None, sample_mode: str = "sample"
+):
+    if hasattr(encoder_output, "latent_dist") and sample_mode == "sample":
+        return encoder_output.latent_dist.sample(generator)
+    elif hasattr(encoder_output, "latent_dist") and sample_mode == "argmax":
+        return encoder_output.latent_dist.mode()
+    elif hasattr(encoder_output, "latents"):
+        return encoder_output.latents
+    else:
+        raise AttributeError("Could not access latents of provided encoder_output")
+
+
+def read_json(od_config: OmniDiffusionConfig, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint."""
+    if os.path.isdir(od_config.model):
+        path = os.path.join(od_config.model, name)
+    else:
+        path = hf_hub_download(od_config.model, name, revision=od_config.revision)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], name: str, **kwargs: Any) -> Any:
+    """Load one component from its subfolder, as the class that model_index.json names."""
+    library, class_name = model_index[name]
+    component_class = getattr(importlib.import_module(library), class_name)
+    return from_pretrained_with_prefetch(
+        component_class.from_pretrained,
+        od_config.model,
+        subfolder=name,
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
+        local_files_only=os.path.isdir(od_config.model),
+        revision=od_config.revision,
+        **kwargs,
+    )
+
+
+class HunyuanVideoImageToVideoPipeline(
+    nn.Module,
+    SupportImageInput,
+    CFGParallelMixin,
+    ProgressBarMixin,
+    DiffusionPipelineProfilerMixin,
+    SupportsComponentDiscovery,
+):
+    """Pipeline for image-to-video generation using HunyuanVideo."""
+
+    supports_request_batch: ClassVar[bool] = False
+    supports_step_execution: ClassVar[bool] = True
+    # No warm-up: the engine's request for it brings one picture, a call needs more.
+    dummy_run_num_frames: ClassVar[int] = 0
+    default_num_inference_steps: ClassVar[int] = 50
+    _dit_modules: ClassVar[list[str]] = ["transformer"]
+    _encoder_modules: ClassVar[list[str]] = ["text_encoder", "text_encoder_2"]
+    _vae_modules: ClassVar[list[str]] = ["vae"]
+    _PROFILER_TARGETS: ClassVar[list[str]] = ["text_encoder.forward", "text_encoder_2.forward", "diffuse", "vae.decode"]
+    _refused_arguments: ClassVar[dict[str, str]] = {
+        "return_dict": "the engine always returns its own output object",
+        "attention_kwargs": "attention processors take no per-call arguments here; LoRA scale is the engine's lora_scale",
+        "callback_on_step_end": "the engine reports progress itself and calls nothing back",
+        "callback_on_step_end_tensor_inputs": "the engine reports progress itself and calls nothing back",
+    }
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
+        super().__init__()
+        self.od_config = od_config
+        self.parallel_config = od_config.parallel_config
+        self.device = get_local_device()
+        self.dtype = od_config.dtype
+        model_index = read_json(od_config, "model_index.json")
+
+        # Offloaded components wait on the CPU until the engine moves them.
+        device = torch.device("cpu") if od_config.enable_cpu_offload else self.device
+        self.text_encoder = load_component(od_config, model_index, "text_encoder", dtype=od_config.dtype).to(device)
+        self.tokenizer = load_component(od_config, model_index, "tokenizer")
+        self.vae = load_component(od_config, model_index, "vae", torch_dtype=od_config.dtype).to(device)
+        self.scheduler = load_component(od_config, model_index, "scheduler")
+        self.text_encoder_2 = load_component(od_config, model_index, "text_encoder_2", dtype=od_config.dtype).to(device)
+        self.tokenizer_2 = load_component(od_config, model_index, "tokenizer_2")
+        self.image_processor = load_component(od_config, model_index, "image_processor")
+        self.weights_sources = [
+            DiffusersPipelineLoader.ComponentSource(
+                model_or_path=od_config.model,
+                subfolder=name,
+                revision=od_config.revision,
+                prefix=f"{name}.",
+                fall_back_to_pt=True,
+            )
+            for name in self._dit_modules
+        ]
+        self.transformer = HunyuanVideoTransformer3DModel(
+            od_config=od_config,
+            quant_config=od_config.quantization_config,
+            prefix=maybe_prefix(prefix, "transformer"),
+            **get_transformer_config_kwargs(od_config.tf_model_config, HunyuanVideoTransformer3DModel),
+        )
+
+        self.vae_scaling_factor = self.vae.config.scaling_factor
+        self.vae_scale_factor_temporal = self.vae.temporal_compression_ratio
+        self.vae_scale_factor_spatial = self.vae.spatial_compression_ratio
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        self.setup_diffusion_pipeline_profiler(
+            enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
+        )
+
+    def _get_llama_prompt_embeds(
+        self,
+        image: torch.Tensor,
+        prompt: str | list[str],
+        prompt_template: dict[str, Any],
+        num_videos_per_prompt: int = 1,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_sequence_length: int = 256,
+        num_hidden_layers_to_skip: int = 2,
+        image_embed_interleave: int = 2,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        device = device or self.device
+        dtype = dtype or self.text_encoder.dtype
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        prompt = [prompt_template["template"].format(p) for p in prompt]
+
+        crop_start = prompt_template.get("crop_start", None)
+
+        image_emb_len = prompt_template.get("image_emb_len", 576)
+        image_emb_start = prompt_template.get("image_emb_start", 5)
+        image_emb_end = prompt_template.get("image_emb_end", 581)
+
+        if crop_start is None:
+            prompt_template_input = self.tokenizer(
+                prompt_template["template"],
+                padding="max_length",
+                return_tensors="pt",
+                return_length=False,
+                return_overflowing_tokens=False,
+                return_attention_mask=False,
+            )
+            crop_start = prompt_template_input["input_ids"].shape[-1]
+            # Remove <|start_header_id|>, <|end_header_id|>, assistant, <|eot_id|>, and placeholder {}
+            crop_start -= 5
+
+        max_sequence_length += crop_start
+        text_inputs = self.tokenizer(
+            prompt,
+            max_length=max_sequence_length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+            return_length=False,
+            return_overflowing_tokens=False,
+            return_attention_mask=True,
+        )
+        text_input_ids = text_inputs.input_ids.to(device=device)
+        prompt_attention_mask = text_inputs.attention_mask.to(device=device)
+
+        image_embeds = self.image_processor(image, return_tensors="pt").pixel_values.to(device)
+
+        image_token_index = self.text_encoder.config.image_token_index
+        pad_token_id = self.text_encoder.config.pad_token_id
+        expanded_inputs = _expand_input_ids_with_image_tokens(
+            text_input_ids,
+            prompt_attention_mask,
+            max_sequence_length,
+            image_token_index,
+            image_emb_len,
+            image_emb_start,
+            image_emb_end,
+            pad_token_id,
+        )
+        prompt_embeds = self.text_encoder(
+            **expanded_inputs,
+            pixel_values=image_embeds,
+            output_hidden_states=True,
+        ).hidden_states[-(num_hidden_layers_to_skip + 1)]
+        prompt_embeds = prompt_embeds.to(dtype=dtype)
+
+        if crop_start is not None and crop_start > 0:
+            text_crop_start = crop_start - 1 + image_emb_len
+
+            # Find assistant section marker using <|end_header_id|> token (works across all transformers versions)
+            end_header_token_id = self.tokenizer.convert_tokens_to_ids("<|end_header_id|>")
+            batch_indices, end_header_indices = torch.where(text_input_ids == end_header_token_id)
+
+            # Expected: 3 <|end_header_id|> per prompt (system, user, assistant)
+            # If truncated (only 2 found for batch_size=1), add text length as fallback position
+            if end_header_indices.shape[0] == 2:
+                # in case the prompt is too long
+                end_header_indices = torch.cat(
+                    (
+                        end_header_indices,
+                        torch.tensor([text_input_ids.shape[-1] - 1], device=end_header_indices.device),
+                    )
+                )
+                batch_indices = torch.cat((batch_indices, torch.tensor([0], device=batch_indices.device)))
+
+            # Get the last <|end_header_id|> position per batch, then +1 to get the position after it
+            assistant_start_indices = end_header_indices.reshape(text_input_ids.shape[0], -1)[:, -1] + 1
+            batch_indices = batch_indices.reshape(text_input_ids.shape[0], -1)[:, -1]
+            assistant_crop_start = assistant_start_indices - 1 + image_emb_len - 4
+            assistant_crop_end = assistant_start_indices - 1 + image_emb_len
+            attention_mask_assistant_crop_start = assistant_start_indices - 4
+            attention_mask_assistant_crop_end = assistant_start_indices
+
+            prompt_embed_list = []
+            prompt_attention_mask_list = []
+            image_embed_list = []
+            image_attention_mask_list = []
+
+            for i in range(text_input_ids.shape[0]):
+                prompt_embed_list.append(
+                    torch.cat(
+                        [
+                            prompt_embeds[i, text_crop_start : assistant_crop_start[i].item()],
+                            prompt_embeds[i, assistant_crop_end[i].item() :],
+                        ]
+                    )
+                )
+                prompt_attention_mask_list.append(
+                    torch.cat(
+                        [
+                            prompt_attention_mask[i, crop_start : attention_mask_assistant_crop_start[i].item()],
+                            prompt_attention_mask[i, attention_mask_assistant_crop_end[i].item() :],
+                        ]
+                    )
+                )
+                image_embed_list.append(prompt_embeds[i, image_emb_start:image_emb_end])
+                image_attention_mask_list.append(
+                    torch.ones(image_embed_list[-1].shape[0]).to(prompt_embeds.device).to(prompt_attention_mask.dtype)
+                )
+
+            prompt_embed_list = torch.stack(prompt_embed_list)
+            prompt_attention_mask_list = torch.stack(prompt_attention_mask_list)
+            image_embed_list = torch.stack(image_embed_list)
+            image_attention_mask_list = torch.stack(image_attention_mask_list)
+
+            if 0 < image_embed_interleave < 6:
+                image_embed_list = image_embed_list[:, ::image_embed_interleave, :]
+                image_attention_mask_list = image_attention_mask_list[:, ::image_embed_interleave]
+
+            assert (
+                prompt_embed_list.shape[0] == prompt_attention_mask_list.shape[0]
+                and image_embed_list.shape[0] == image_attention_mask_list.shape[0]
+            )
+
+            prompt_embeds = torch.cat([image_embed_list, prompt_embed_list], dim=1)
+            prompt_attention_mask = torch.cat([image_attention_mask_list, prompt_attention_mask_list], dim=1)
+
+        return prompt_embeds, prompt_attention_mask
+
+    def _get_clip_prompt_embeds(
+        self,
+        prompt: str | list[str],
+        num_videos_per_prompt: int = 1,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_sequence_length: int = 77,
+    ) -> torch.Tensor:
+        device = device or self.device
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+
+        text_inputs = self.tokenizer_2(
+            prompt,
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+
+        text_input_ids = text_inputs.input_ids
+        untruncated_ids = self.tokenizer_2(prompt, padding="longest", return_tensors="pt").input_ids
+        if untruncated_ids.shape[-1] >= text_input_ids.shape[-1] and not torch.equal(text_input_ids, untruncated_ids):
+            removed_text = self.tokenizer_2.batch_decode(untruncated_ids[:, max_sequence_length - 1 : -1])
+            logger.warning(
+                "The following part of your input was truncated because CLIP can only handle sequences up to"
+                f" {max_sequence_length} tokens: {removed_text}"
+            )
+
+        prompt_embeds = self.text_encoder_2(text_input_ids.to(device), output_hidden_states=False).pooler_output
+        return prompt_embeds
+
+    def encode_prompt(
+        self,
+        image: torch.Tensor,
+        prompt: str | list[str],
+        prompt_2: str | list[str] = None,
+        prompt_template: dict[str, Any] = DEFAULT_PROMPT_TEMPLATE,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        max_sequence_length: int = 256,
+        image_embed_interleave: int = 2,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if prompt_embeds is None:
+            prompt_embeds, prompt_attention_mask = self._get_llama_prompt_embeds(
+                image,
+                prompt,
+                prompt_template,
+                num_videos_per_prompt,
+                device=device,
+                dtype=dtype,
+                max_sequence_length=max_sequence_length,
+                image_embed_interleave=image_embed_interleave,
+            )
+
+        if pooled_prompt_embeds is None:
+            pooled_prompt_embeds = self._get_clip_prompt_embeds(
+                prompt,
+                num_videos_per_prompt,
+                device=device,
+                dtype=dtype,
+                max_sequence_length=77,
+            )
+
+        return prompt_embeds, pooled_prompt_embeds, prompt_attention_mask
+
+    def check_inputs(
+        self,
+        prompt,
+        prompt_2,
+        height,
+        width,
+        prompt_embeds=None,
+        prompt_template=None,
+        true_cfg_scale=1.0,
+        guidance_scale=1.0,
+    ):
+        if height % 16 != 0 or width % 16 != 0:
+            raise ValueError(f"`height` and `width` have to be divisible by 16 but are {height} and {width}.")
+
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `prompt`: {prompt} and `prompt_embeds`: {prompt_embeds}. Please make sure to"
+                " only forward one of the two."
+            )
+        elif prompt_2 is not None and prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `prompt_2`: {prompt_2} and `prompt_embeds`: {prompt_embeds}. Please make sure to"
+                " only forward one of the two."
+            )
+        elif prompt is None and prompt_embeds is None:
+            raise ValueError(
+                "Provide either `prompt` or `prompt_embeds`. Cannot leave both `prompt` and `prompt_embeds` undefined."
+            )
+        elif prompt is not None and (not isinstance(prompt, str) and not isinstance(prompt, list)):
+            raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}")
+        elif prompt_2 is not None and (not isinstance(prompt_2, str) and not isinstance(prompt_2, list)):
+            raise ValueError(f"`prompt_2` has to be of type `str` or `list` but is {type(prompt_2)}")
+
+        if prompt_template is not None:
+            if not isinstance(prompt_template, dict):
+                raise ValueError(f"`prompt_template` has to be of type `dict` but is {type(prompt_template)}")
+            if "template" not in prompt_template:
+                raise ValueError(
+                    f"`prompt_template` has to contain a key `template` but only found {prompt_template.keys()}"
+                )
+
+        if true_cfg_scale > 1.0 and guidance_scale > 1.0:
+            logger.warning(
+                "Both `true_cfg_scale` and `guidance_scale` are greater than 1.0. This will result in both "
+                "classifier-free guidance and embedded-guidance to be applied. This is not recommended "
+                "as it may lead to higher memory usage, slower inference and potentially worse results."
+            )
+
+    def prepare_latents(
+        self,
+        image: torch.Tensor,
+        batch_size: int,
+        num_channels_latents: int = 32,
+        height: int = 720,
+        width: int = 1280,
+        num_frames: int = 129,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        image_condition_type: str = "latent_concat",
+    ) -> torch.Tensor:
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
+                f" size of {batch_size}. Make sure the batch size matches the length of the generators."
+            )
+
+        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        latent_height, latent_width = height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial
+        shape = (batch_size, num_channels_latents, num_latent_frames, latent_height, latent_width)
+
+        image = image.unsqueeze(2)  # [B, C, 1, H, W]
+        if isinstance(generator, list):
+            image_latents = [
+                retrieve_latents(self.vae.encode(image[i].unsqueeze(0)), generator[i], "argmax")
+                for i in range(batch_size)
+            ]
+        else:
+            image_latents = [retrieve_latents(self.vae.encode(img.unsqueeze(0)), generator, "argmax") for img in image]
+
+        image_latents = torch.cat(image_latents, dim=0).to(dtype) * self.vae_scaling_factor
+        image_latents = image_latents.repeat(1, 1, num_latent_frames, 1, 1)
+
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        else:
+            latents = latents.to(device=device, dtype=dtype)
+
+        t = torch.tensor([0.999]).to(device=device)
+        latents = latents * t + image_latents * (1 - t)
+
+        if image_condition_type == "token_replace":
+            image_latents = image_latents[:, :, :1]
+
+        return latents, image_latents
+
+    def request_arguments(
+        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+    ) -> dict[str, Any]:
+        """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
+        fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
+        for name, reason in self._refused_arguments.items():
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
+                raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
+        arguments = {
+            "num_videos_per_prompt": sampling.num_outputs_per_prompt,
+            "height": sampling.height,
+            "width": sampling.width,
+            "num_inference_steps": sampling.num_inference_steps,
+            "sigmas": sampling.sigmas,
+            "true_cfg_scale": sampling.true_cfg_scale,
+            "generator": sampling.generator,
+            "latents": sampling.latents,
+            "output_type": sampling.output_type,
+            "prompt_template": sampling.prompt_template,
+            "max_sequence_length": sampling.max_sequence_length,
+            "num_frames": sampling.num_frames if is_dummy_run or sampling.num_frames != 1 else None,
+            "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "prompt_2",
+            "negative_prompt",
+            "negative_prompt_2",
+            "prompt_embeds",
+            "pooled_prompt_embeds",
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            "negative_pooled_prompt_embeds",
+            "negative_prompt_attention_mask",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        for name in (
+            "image",
+            "image_embed_interleave",
+        ):
+            if name in media:
+                arguments[name] = media[name]
+        return arguments
+
+    def prepare_generation(
+        self,
+        image: Image.Image,
+        prompt: str | list[str] = None,
+        prompt_2: str | list[str] = None,
+        negative_prompt: str | list[str] = None,
+        negative_prompt_2: str | list[str] = None,
+        height: int = 720,
+        width: int = 1280,
+        num_frames: int = 129,
+        num_inference_steps: int = 50,
+        sigmas: list[float] = None,
+        true_cfg_scale: float = 1.0,
+        guidance_scale: float = 1.0,
+        num_videos_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        output_type: str | None = "pil",
+        prompt_template: dict[str, Any] = DEFAULT_PROMPT_TEMPLATE,
+        max_sequence_length: int = 256,
+        image_embed_interleave: int | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
+
+        # 1. Check inputs. Raise error if not correct
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            prompt_embeds,
+            prompt_template,
+            true_cfg_scale,
+            guidance_scale,
+        )
+
+        image_condition_type = self.transformer.config.image_condition_type
+        has_neg_prompt = negative_prompt is not None or (
+            negative_prompt_embeds is not None and negative_pooled_prompt_embeds is not None
+        )
+        do_true_cfg = true_cfg_scale > 1 and has_neg_prompt
+        image_embed_interleave = (
+            image_embed_interleave
+            if image_embed_interleave is not None
+            else (2 if image_condition_type == "latent_concat" else 4 if image_condition_type == "token_replace" else 1)
+        )
+
+        device = self.device
+
+        # 2. Define call parameters
+        if prompt is not None and isinstance(prompt, str):
+            batch_size = 1
+        elif prompt is not None and isinstance(prompt, list):
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        # 3. Prepare latent variables
+        vae_dtype = self.vae.dtype
+        image_tensor = self.video_processor.preprocess(image, height, width).to(device, vae_dtype)
+
+        if image_condition_type == "latent_concat":
+            num_channels_latents = (self.transformer.config.in_channels - 1) // 2
+        elif image_condition_type == "token_replace":
+            num_channels_latents = self.transformer.config.in_channels
+
+        latents, image_latents = self.prepare_latents(
+            image_tensor,
+            batch_size * num_videos_per_prompt,
+            num_channels_latents,
+            height,
+            width,
+            num_frames,
+            torch.float32,
+            device,
+            generator,
+            latents,
+            image_condition_type,
+        )
+        mask = None
+        if image_condition_type == "latent_concat":
+            image_latents[:, :, 1:] = 0
+            mask = image_latents.new_ones(image_latents.shape[0], 1, *image_latents.shape[2:])
+            mask[:, :, 1:] = 0
+
+        # 4. Encode input prompt
+        transformer_dtype = self.dtype
+        prompt_embeds, pooled_prompt_embeds, prompt_attention_mask = self.encode_prompt(
+            image=image,
+            prompt=prompt,
+            prompt_2=prompt_2,
+            prompt_template=prompt_template,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            device=device,
+            max_sequence_length=max_sequence_length,
+            image_embed_interleave=image_embed_interleave,
+        )
+        prompt_embeds = prompt_embeds.to(transformer_dtype)
+        prompt_attention_mask = prompt_attention_mask.to(transformer_dtype)
+        pooled_prompt_embeds = pooled_prompt_embeds.to(transformer_dtype)
+
+        if do_true_cfg:
+            black_image = Image.new("RGB", (width, height), 0)
+            negative_prompt_embeds, negative_pooled_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt(
+                image=black_image,
+                prompt=negative_prompt,
+                prompt_2=negative_prompt_2,
+                prompt_template=prompt_template,
+                num_videos_per_prompt=num_videos_per_prompt,
+                prompt_embeds=negative_prompt_embeds,
+                pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                prompt_attention_mask=negative_prompt_attention_mask,
+                device=device,
+                max_sequence_length=max_sequence_length,
+            )
+            negative_prompt_embeds = negative_prompt_embeds.to(transformer_dtype)
+            negative_prompt_attention_mask = negative_prompt_attention_mask.to(transformer_dtype)
+            negative_pooled_prompt_embeds = negative_pooled_prompt_embeds.to(transformer_dtype)
+
+        # 5. Prepare timesteps
+        sigmas = np.linspace(1.0, 0.0, num_inference_steps + 1)[:-1] if sigmas is None else sigmas
+        timesteps, num_inference_steps = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas)
+
+        # 6. Prepare guidance condition
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = (
+                torch.tensor([guidance_scale] * latents.shape[0], dtype=transformer_dtype, device=device) * 1000.0
+            )
+        return (
+            {
+                "latents": latents,
+                "timesteps": timesteps,
+                "image_condition_type": image_condition_type,
+                "image_latents": image_latents,
+                "mask": mask,
+                "transformer_dtype": transformer_dtype,
+                "prompt_embeds": prompt_embeds,
+                "prompt_attention_mask": prompt_attention_mask,
+                "pooled_prompt_embeds": pooled_prompt_embeds,
+                "guidance": guidance,
+                "do_true_cfg": do_true_cfg,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "negative_prompt_attention_mask": negative_prompt_attention_mask,
+                "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+                "true_cfg_scale": true_cfg_scale,
+            },
+            {
+                "output_type": output_type,
+                "image_condition_type": image_condition_type,
+            },
+        )
+
+    def predict_guided_noise(
+        self,
+        t,
+        latents,
+        image_condition_type,
+        image_latents,
+        mask,
+        transformer_dtype,
+        prompt_embeds,
+        prompt_attention_mask,
+        pooled_prompt_embeds,
+        guidance,
+        do_true_cfg,
+        negative_prompt_embeds,
+        negative_prompt_attention_mask,
+        negative_pooled_prompt_embeds,
+        true_cfg_scale,
+    ) -> torch.Tensor:
+        """The prediction that one scheduler step takes, guided if the request is."""
+        # broadcast to batch dimension in a way that's compatible with ONNX/Core ML
+        timestep = t.expand(latents.shape[0]).to(latents.dtype)
+
+        if image_condition_type == "latent_concat":
+            latent_model_input = torch.cat([latents, image_latents, mask], dim=1).to(transformer_dtype)
+        elif image_condition_type == "token_replace":
+            latent_model_input = torch.cat([image_latents, latents[:, :, 1:]], dim=2).to(transformer_dtype)
+        positive_kwargs = {
+            "hidden_states": latent_model_input,
+            "timestep": timestep,
+            "encoder_hidden_states": prompt_embeds,
+            "encoder_attention_mask": prompt_attention_mask,
+            "pooled_projections": pooled_prompt_embeds,
+            "guidance": guidance,
+        }
+        negative_kwargs = positive_kwargs | {
+            "encoder_hidden_states": negative_prompt_embeds,
+            "encoder_attention_mask": negative_prompt_attention_mask,
+            "pooled_projections": negative_pooled_prompt_embeds,
+        }
+        return self.predict_noise_maybe_with_cfg(
+            do_true_cfg, true_cfg_scale, positive_kwargs, negative_kwargs, cfg_normalize=False
+        )
+
+    def step_latents(self, scheduler, noise_pred, t, image_condition_type, latents, image_latents):
+
+        # compute the previous noisy sample x_t -> x_t-1
+        if image_condition_type == "latent_concat":
+            latents = scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+        elif image_condition_type == "token_replace":
+            latents = latents = scheduler.step(noise_pred[:, :, 1:], t, latents[:, :, 1:], return_dict=False)[0]
+            latents = torch.cat([image_latents, latents], dim=2)
+        return latents
+
+    def diffuse(
+        self,
+        latents,
+        timesteps,
+        image_condition_type,
+        image_latents,
+        mask,
+        transformer_dtype,
+        prompt_embeds,
+        prompt_attention_mask,
+        pooled_prompt_embeds,
+        guidance,
+        do_true_cfg,
+        negative_prompt_embeds,
+        negative_prompt_attention_mask,
+        negative_pooled_prompt_embeds,
+        true_cfg_scale,
+    ) -> torch.Tensor:
+        """The denoising loop."""
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for t in timesteps:
+                noise_pred = self.predict_guided_noise(
+                    t=t,
+                    latents=latents,
+                    image_condition_type=image_condition_type,
+                    image_latents=image_latents,
+                    mask=mask,
+                    transformer_dtype=transformer_dtype,
+                    prompt_embeds=prompt_embeds,
+                    prompt_attention_mask=prompt_attention_mask,
+                    pooled_prompt_embeds=pooled_prompt_embeds,
+                    guidance=guidance,
+                    do_true_cfg=do_true_cfg,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    negative_prompt_attention_mask=negative_prompt_attention_mask,
+                    negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+                    true_cfg_scale=true_cfg_scale,
+                )
+                latents = self.step_latents(
+                    self.scheduler,
+                    noise_pred=noise_pred,
+                    t=t,
+                    image_condition_type=image_condition_type,
+                    latents=latents,
+                    image_latents=image_latents,
+                )
+                progress_bar.update()
+        return latents
+
+    def decode(
+        self,
+        latents,
+        output_type,
+        image_condition_type,
+    ) -> torch.Tensor:
+        """What Diffusers returns, before post-processing."""
+
+        if not output_type == "latent":
+            latents = latents.to(self.vae.dtype) / self.vae_scaling_factor
+            video = self.vae.decode(latents, return_dict=False)[0]
+            if image_condition_type == "latent_concat":
+                video = video[:, :, 4:, :, :]
+        else:
+            if image_condition_type == "latent_concat":
+                video = latents[:, :, 1:, :, :]
+            else:
+                video = latents
+        return video
+
+    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
+        """One call of the pipeline."""
+        inputs, decode_inputs = self.prepare_generation(**arguments)
+        return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
+
+    def finish(self, **inputs: Any) -> DiffusionOutput:
+        """Decode, and wrap for the engine."""
+        video = self.decode(**inputs)
+        # A rank that does not own the decoded video has a placeholder of another shape.
+        if inputs["output_type"] == "latent" or video.ndim != 5:
+            output = DiffusionOutput(output=video)
+        else:
+            spec = VideoTensorSpec(
+                layout=VideoTensorLayout.BCTHW,
+                encoding=VideoTensorEncoding.NORMALIZED_FLOAT,
+                value_range=VideoValueRange.NEGATIVE_ONE_TO_ONE,
+            )
+            output = DiffusionOutput(media=DiffusionMediaOutput(video=VideoMediaOutput(tensor=video, spec=spec)))
+        if self.enable_diffusion_pipeline_profiler:
+            output.stage_durations = self.stage_durations
+        return output
+
+    def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
+        requests = [
+            self.request_arguments(p, s, req.is_dummy_run())
+            for p, s in zip(req.prompts, req.sampling_params_list, strict=True)
+        ]
+        return [self.generate(arguments) for arguments in requests]
+
+    def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
+        """Step execution: encode one request and give it a scheduler of its own."""
+        inputs, state.extra["decode"] = self.prepare_generation(
+            **self.request_arguments(
+                state.prompt, state.sampling, OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
+            )
+        )
+        state.latents = inputs.pop("latents")
+        state.timesteps = inputs.pop("timesteps")
+        state.step_index = 0
+        state.scheduler = copy.deepcopy(self.scheduler)
+        state.extra["denoise"] = inputs
+        return state
+
+    def denoise_step(
+        self, input_batch: InputBatch, *, states: Sequence[StepRequestState] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Step execution: predict for each request at its own timestep."""
+        predictions = []
+        for state in states if states is not None else input_batch.states:
+            inputs = state.extra["denoise"]
+            predictions.append(
+                self.predict_guided_noise(
+                    t=state.current_timestep,
+                    latents=state.latents,
+                    image_condition_type=inputs["image_condition_type"],
+                    image_latents=inputs["image_latents"],
+                    mask=inputs["mask"],
+                    transformer_dtype=inputs["transformer_dtype"],
+                    prompt_embeds=inputs["prompt_embeds"],
+                    prompt_attention_mask=inputs["prompt_attention_mask"],
+                    pooled_prompt_embeds=inputs["pooled_prompt_embeds"],
+                    guidance=inputs["guidance"],
+                    do_true_cfg=inputs["do_true_cfg"],
+                    negative_prompt_embeds=inputs["negative_prompt_embeds"],
+                    negative_prompt_attention_mask=inputs["negative_prompt_attention_mask"],
+                    negative_pooled_prompt_embeds=inputs["negative_pooled_prompt_embeds"],
+                    true_cfg_scale=inputs["true_cfg_scale"],
+                )
+            )
+        return torch.cat(predictions)
+
+    def step_scheduler(self, state: StepRequestState, noise_pred: torch.Tensor, **kwargs: Any) -> None:
+        """Step execution: one step of the request's own scheduler."""
+        inputs = state.extra["denoise"]
+        state.latents = self.step_latents(
+            state.scheduler,
+            noise_pred=noise_pred,
+            t=state.current_timestep,
+            image_condition_type=inputs["image_condition_type"],
+            latents=state.latents,
+            image_latents=inputs["image_latents"],
+        )
+        state.step_index += 1
+
+    def post_decode(self, state: StepRequestState, **kwargs: Any) -> DiffusionOutput:
+        """Step execution: decode a finished request."""
+        return self.finish(latents=state.latents, **state.extra["decode"])
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights)

@@ -1,0 +1,1067 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
+# Ported by porter from diffusers.LTXImageToVideoPipeline (pipelines/ltx/pipeline_ltx_image2video.py, diffusers 0.40.0), rule set 2343f5376766.
+# Generated: edit the rules, not this file.
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.image_processor import PipelineImageInput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from huggingface_hub import hf_hub_download
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.media import (
+    DiffusionMediaOutput,
+    VideoMediaOutput,
+    VideoTensorEncoding,
+    VideoTensorLayout,
+    VideoTensorSpec,
+    VideoValueRange,
+)
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_prefetch
+from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
+from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
+from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
+from vllm_omni.diffusion.worker.input_batch import InputBatch
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.diffusion.worker.utils import StepRequestState
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+
+from .ltx_video_transformer import LTXVideoTransformer3DModel
+
+
+# Copied from diffusers.pipelines.flux.pipeline_flux.calculate_shift
+def calculate_shift(
+    image_seq_len,
+    base_seq_len: int = 256,
+    max_seq_len: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+):
+    m = (max_shift - base_shift) / (max_seq_len - base_seq_len)
+    b = base_shift - m * base_seq_len
+    mu = image_seq_len * m + b
+    return mu
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.retrieve_timesteps
+def retrieve_timesteps(
+    scheduler,
+    num_inference_steps: int | None = None,
+    device: str | torch.device | None = None,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+    **kwargs,
+):
+    r"""
+    Calls the scheduler's `set_timesteps` method and retrieves timesteps from the scheduler after the call. Handles
+    custom timesteps. Any kwargs will be supplied to `scheduler.set_timesteps`.
+
+    Args:
+        scheduler (`SchedulerMixin`):
+            The scheduler to get timesteps from.
+        num_inference_steps (`int`):
+            The number of diffusion steps used when generating samples with a pre-trained model. If used, `timesteps`
+            must be `None`.
+        device (`str` or `torch.device`, *optional*):
+            The device to which the timesteps should be moved to. If `None`, the timesteps are not moved.
+        timesteps (`list[int]`, *optional*):
+            Custom timesteps used to override the timestep spacing strategy of the scheduler. If `timesteps` is passed,
+            `num_inference_steps` and `sigmas` must be `None`.
+        sigmas (`list[float]`, *optional*):
+            Custom sigmas used to override the timestep spacing strategy of the scheduler. If `sigmas` is passed,
+            `num_inference_steps` and `timesteps` must be `None`.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: A tuple where the first element is the timestep schedule from the scheduler and the
+        second element is the number of inference steps.
+    """
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("Only one of `timesteps` or `sigmas` can be passed. Please choose one to set custom values")
+    if timesteps is not None:
+        accepts_timesteps = "timesteps" in set(inspect.signature(scheduler.set_timesteps).parameters.keys())
+        if not accepts_timesteps:
+            raise ValueError(
+                f"The current scheduler class {scheduler.__class__}'s `set_timesteps` does not support custom"
+                f" timestep schedules. Please check whether you are using the correct scheduler."
+            )
+        scheduler.set_timesteps(timesteps=timesteps, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+        num_inference_steps = len(timesteps)
+    elif sigmas is not None:
+        accept_sigmas = "sigmas" in set(inspect.signature(scheduler.set_timesteps).parameters.keys())
+        if not accept_sigmas:
+            raise ValueError(
+                f"The current scheduler class {scheduler.__class__}'s `set_timesteps` does not support custom"
+                f" sigmas schedules. Please check whether you are using the correct scheduler."
+            )
+        scheduler.set_timesteps(sigmas=sigmas, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+        num_inference_steps = len(timesteps)
+    else:
+        scheduler.set_timesteps(num_inference_steps, device=device, **kwargs)
+        timesteps = scheduler.timesteps
+    return timesteps, num_inference_steps
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.rescale_noise_cfg
+def rescale_noise_cfg(noise_cfg, noise_pred_text, guidance_rescale=0.0):
+    r"""
+    Rescales `noise_cfg` tensor based on `guidance_rescale` to improve image quality and fix overexposure. Based on
+    Section 3.4 from [Common Diffusion Noise Schedules and Sample Steps are
+    Flawed](https://huggingface.co/papers/2305.08891).
+
+    Args:
+        noise_cfg (`torch.Tensor`):
+            The predicted noise tensor for the guided diffusion process.
+        noise_pred_text (`torch.Tensor`):
+            The predicted noise tensor for the text-guided diffusion process.
+        guidance_rescale (`float`, *optional*, defaults to 0.0):
+            A rescale factor applied to the noise predictions.
+
+    Returns:
+        noise_cfg (`torch.Tensor`): The rescaled noise prediction tensor.
+    """
+    std_text = noise_pred_text.std(dim=list(range(1, noise_pred_text.ndim)), keepdim=True)
+    std_cfg = noise_cfg.std(dim=list(range(1, noise_cfg.ndim)), keepdim=True)
+    # rescale the results from guidance (fixes overexposure)
+    noise_pred_rescaled = noise_cfg * (std_text / std_cfg)
+    # mix with the original results from guidance by factor guidance_rescale to avoid "plain looking" images
+    noise_cfg = guidance_rescale * noise_pred_rescaled + (1 - guidance_rescale) * noise_cfg
+    return noise_cfg
+
+
+logger = init_logger(__name__)  # pylint: disable=invalid-name
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img.retrieve_latents
+def retrieve_latents(
+    encoder_output: torch.Tensor, generator: torch.Generator | None = None, sample_mode: str = "sample"
+):
+    if hasattr(encoder_output, "latent_dist") and sample_mode == "sample":
+        return encoder_output.latent_dist.sample(generator)
+    elif hasattr(encoder_output, "latent_dist") and sample_mode == "argmax":
+        return encoder_output.latent_dist.mode()
+    elif hasattr(encoder_output, "latents"):
+        return encoder_output.latents
+    else:
+        raise AttributeError("Could not access latents of provided encoder_output")
+
+
+def read_json(od_config: OmniDiffusionConfig, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint."""
+    if os.path.isdir(od_config.model):
+        path = os.path.join(od_config.model, name)
+    else:
+        path = hf_hub_download(od_config.model, name, revision=od_config.revision)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], name: str, **kwargs: Any) -> Any:
+    """Load one component from its subfolder, as the class that model_index.json names."""
+    library, class_name = model_index[name]
+    component_class = getattr(importlib.import_module(library), class_name)
+    return from_pretrained_with_prefetch(
+        component_class.from_pretrained,
+        od_config.model,
+        subfolder=name,
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
+        local_files_only=os.path.isdir(od_config.model),
+        revision=od_config.revision,
+        **kwargs,
+    )
+
+
+class LTXImageToVideoPipeline(
+    nn.Module,
+    SupportImageInput,
+    CFGParallelMixin,
+    ProgressBarMixin,
+    DiffusionPipelineProfilerMixin,
+    SupportsComponentDiscovery,
+):
+    """Pipeline for image-to-video generation."""
+
+    supports_request_batch: ClassVar[bool] = False
+    supports_step_execution: ClassVar[bool] = True
+    default_num_inference_steps: ClassVar[int] = 50
+    _dit_modules: ClassVar[list[str]] = ["transformer"]
+    _encoder_modules: ClassVar[list[str]] = ["text_encoder"]
+    _vae_modules: ClassVar[list[str]] = ["vae"]
+    _PROFILER_TARGETS: ClassVar[list[str]] = ["text_encoder.forward", "diffuse", "vae.decode"]
+    _refused_arguments: ClassVar[dict[str, str]] = {
+        "return_dict": "the engine always returns its own output object",
+        "attention_kwargs": "attention processors take no per-call arguments here; LoRA scale is the engine's lora_scale",
+        "callback_on_step_end": "the engine reports progress itself and calls nothing back",
+        "callback_on_step_end_tensor_inputs": "the engine reports progress itself and calls nothing back",
+    }
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
+        super().__init__()
+        self.od_config = od_config
+        self.parallel_config = od_config.parallel_config
+        self.device = get_local_device()
+        self.dtype = od_config.dtype
+        model_index = read_json(od_config, "model_index.json")
+
+        # Offloaded components wait on the CPU until the engine moves them.
+        device = torch.device("cpu") if od_config.enable_cpu_offload else self.device
+        self.scheduler = load_component(od_config, model_index, "scheduler")
+        self.vae = load_component(od_config, model_index, "vae", torch_dtype=od_config.dtype).to(device)
+        self.text_encoder = load_component(od_config, model_index, "text_encoder", dtype=od_config.dtype).to(device)
+        self.tokenizer = load_component(od_config, model_index, "tokenizer")
+        self.weights_sources = [
+            DiffusersPipelineLoader.ComponentSource(
+                model_or_path=od_config.model,
+                subfolder=name,
+                revision=od_config.revision,
+                prefix=f"{name}.",
+                fall_back_to_pt=True,
+            )
+            for name in self._dit_modules
+        ]
+        self.transformer = LTXVideoTransformer3DModel(
+            od_config=od_config,
+            quant_config=od_config.quantization_config,
+            prefix=maybe_prefix(prefix, "transformer"),
+            **get_transformer_config_kwargs(od_config.tf_model_config, LTXVideoTransformer3DModel),
+        )
+
+        self.vae_spatial_compression_ratio = self.vae.spatial_compression_ratio
+        self.vae_temporal_compression_ratio = self.vae.temporal_compression_ratio
+        self.transformer_spatial_patch_size = self.transformer.config.patch_size
+        self.transformer_temporal_patch_size = self.transformer.config.patch_size_t
+
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_spatial_compression_ratio)
+        self.setup_diffusion_pipeline_profiler(
+            enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
+        )
+
+    def _get_t5_prompt_embeds(
+        self,
+        prompt: str | list[str] = None,
+        num_videos_per_prompt: int = 1,
+        max_sequence_length: int = 128,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        device = device or self.device
+        dtype = dtype or self.text_encoder.dtype
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        batch_size = len(prompt)
+
+        text_inputs = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_tensors="pt",
+        )
+        text_input_ids = text_inputs.input_ids
+        prompt_attention_mask = text_inputs.attention_mask
+        prompt_attention_mask = prompt_attention_mask.bool().to(device)
+
+        untruncated_ids = self.tokenizer(prompt, padding="longest", return_tensors="pt").input_ids
+
+        if untruncated_ids.shape[-1] >= text_input_ids.shape[-1] and not torch.equal(text_input_ids, untruncated_ids):
+            removed_text = self.tokenizer.batch_decode(untruncated_ids[:, max_sequence_length - 1 : -1])
+            logger.warning(
+                "The following part of your input was truncated because `max_sequence_length` is set to "
+                f" {max_sequence_length} tokens: {removed_text}"
+            )
+
+        prompt_embeds = self.text_encoder(text_input_ids.to(device))[0]
+        prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
+
+        # duplicate text embeddings for each generation per prompt, using mps friendly method
+        _, seq_len, _ = prompt_embeds.shape
+        prompt_embeds = prompt_embeds.repeat(1, num_videos_per_prompt, 1)
+        prompt_embeds = prompt_embeds.view(batch_size * num_videos_per_prompt, seq_len, -1)
+
+        prompt_attention_mask = prompt_attention_mask.view(batch_size, -1)
+        prompt_attention_mask = prompt_attention_mask.repeat(num_videos_per_prompt, 1)
+
+        return prompt_embeds, prompt_attention_mask
+
+    # Copied from diffusers.pipelines.mochi.pipeline_mochi.MochiPipeline.encode_prompt with 256->128
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int = 128,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        r"""
+        Encodes the prompt into text encoder hidden states.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                prompt to be encoded
+            negative_prompt (`str` or `list[str]`, *optional*):
+                The prompt or prompts not to guide the image generation. If not defined, one has to pass
+                `negative_prompt_embeds` instead. Ignored when not using guidance (i.e., ignored if `guidance_scale` is
+                less than `1`).
+            do_classifier_free_guidance (`bool`, *optional*, defaults to `True`):
+                Whether to use classifier free guidance or not.
+            num_videos_per_prompt (`int`, *optional*, defaults to 1):
+                Number of videos that should be generated per prompt. torch device to place the resulting embeddings on
+            prompt_embeds (`torch.Tensor`, *optional*):
+                Pre-generated text embeddings. Can be used to easily tweak text inputs, *e.g.* prompt weighting. If not
+                provided, text embeddings will be generated from `prompt` input argument.
+            negative_prompt_embeds (`torch.Tensor`, *optional*):
+                Pre-generated negative text embeddings. Can be used to easily tweak text inputs, *e.g.* prompt
+                weighting. If not provided, negative_prompt_embeds will be generated from `negative_prompt` input
+                argument.
+            device: (`torch.device`, *optional*):
+                torch device
+            dtype: (`torch.dtype`, *optional*):
+                torch dtype
+        """
+        device = device or self.device
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        if prompt is not None:
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        if prompt_embeds is None:
+            prompt_embeds, prompt_attention_mask = self._get_t5_prompt_embeds(
+                prompt=prompt,
+                num_videos_per_prompt=num_videos_per_prompt,
+                max_sequence_length=max_sequence_length,
+                device=device,
+                dtype=dtype,
+            )
+
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative_prompt = negative_prompt or ""
+            negative_prompt = batch_size * [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+
+            if prompt is not None and type(prompt) is not type(negative_prompt):
+                raise TypeError(
+                    f"`negative_prompt` should be the same type to `prompt`, but got {type(negative_prompt)} !="
+                    f" {type(prompt)}."
+                )
+            elif batch_size != len(negative_prompt):
+                raise ValueError(
+                    f"`negative_prompt`: {negative_prompt} has batch size {len(negative_prompt)}, but `prompt`:"
+                    f" {prompt} has batch size {batch_size}. Please make sure that passed `negative_prompt` matches"
+                    " the batch size of `prompt`."
+                )
+
+            negative_prompt_embeds, negative_prompt_attention_mask = self._get_t5_prompt_embeds(
+                prompt=negative_prompt,
+                num_videos_per_prompt=num_videos_per_prompt,
+                max_sequence_length=max_sequence_length,
+                device=device,
+                dtype=dtype,
+            )
+
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    # Copied from diffusers.pipelines.ltx.pipeline_ltx.LTXPipeline.check_inputs
+    def check_inputs(
+        self,
+        prompt,
+        height,
+        width,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        prompt_attention_mask=None,
+        negative_prompt_attention_mask=None,
+    ):
+        if height % 32 != 0 or width % 32 != 0:
+            raise ValueError(f"`height` and `width` have to be divisible by 32 but are {height} and {width}.")
+
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `prompt`: {prompt} and `prompt_embeds`: {prompt_embeds}. Please make sure to"
+                " only forward one of the two."
+            )
+        elif prompt is None and prompt_embeds is None:
+            raise ValueError(
+                "Provide either `prompt` or `prompt_embeds`. Cannot leave both `prompt` and `prompt_embeds` undefined."
+            )
+        elif prompt is not None and (not isinstance(prompt, str) and not isinstance(prompt, list)):
+            raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}")
+
+        if prompt_embeds is not None and prompt_attention_mask is None:
+            raise ValueError("Must provide `prompt_attention_mask` when specifying `prompt_embeds`.")
+
+        if negative_prompt_embeds is not None and negative_prompt_attention_mask is None:
+            raise ValueError("Must provide `negative_prompt_attention_mask` when specifying `negative_prompt_embeds`.")
+
+        if prompt_embeds is not None and negative_prompt_embeds is not None:
+            if prompt_embeds.shape != negative_prompt_embeds.shape:
+                raise ValueError(
+                    "`prompt_embeds` and `negative_prompt_embeds` must have the same shape when passed directly, but"
+                    f" got: `prompt_embeds` {prompt_embeds.shape} != `negative_prompt_embeds`"
+                    f" {negative_prompt_embeds.shape}."
+                )
+            if prompt_attention_mask.shape != negative_prompt_attention_mask.shape:
+                raise ValueError(
+                    "`prompt_attention_mask` and `negative_prompt_attention_mask` must have the same shape when passed directly, but"
+                    f" got: `prompt_attention_mask` {prompt_attention_mask.shape} != `negative_prompt_attention_mask`"
+                    f" {negative_prompt_attention_mask.shape}."
+                )
+
+    @staticmethod
+    # Copied from diffusers.pipelines.ltx.pipeline_ltx.LTXPipeline._pack_latents
+    def _pack_latents(latents: torch.Tensor, patch_size: int = 1, patch_size_t: int = 1) -> torch.Tensor:
+        # Unpacked latents of shape are [B, C, F, H, W] are patched into tokens of shape [B, C, F // p_t, p_t, H // p, p, W // p, p].
+        # The patch dimensions are then permuted and collapsed into the channel dimension of shape:
+        # [B, F // p_t * H // p * W // p, C * p_t * p * p] (an ndim=3 tensor).
+        # dim=0 is the batch size, dim=1 is the effective video sequence length, dim=2 is the effective number of input features
+        batch_size, num_channels, num_frames, height, width = latents.shape
+        post_patch_num_frames = num_frames // patch_size_t
+        post_patch_height = height // patch_size
+        post_patch_width = width // patch_size
+        latents = latents.reshape(
+            batch_size,
+            -1,
+            post_patch_num_frames,
+            patch_size_t,
+            post_patch_height,
+            patch_size,
+            post_patch_width,
+            patch_size,
+        )
+        latents = latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4, 7).flatten(1, 3)
+        return latents
+
+    @staticmethod
+    # Copied from diffusers.pipelines.ltx.pipeline_ltx.LTXPipeline._unpack_latents
+    def _unpack_latents(
+        latents: torch.Tensor, num_frames: int, height: int, width: int, patch_size: int = 1, patch_size_t: int = 1
+    ) -> torch.Tensor:
+        # Packed latents of shape [B, S, D] (S is the effective video sequence length, D is the effective feature dimensions)
+        # are unpacked and reshaped into a video tensor of shape [B, C, F, H, W]. This is the inverse operation of
+        # what happens in the `_pack_latents` method.
+        batch_size = latents.size(0)
+        latents = latents.reshape(batch_size, num_frames, height, width, -1, patch_size_t, patch_size, patch_size)
+        latents = latents.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return latents
+
+    @staticmethod
+    # Copied from diffusers.pipelines.ltx.pipeline_ltx.LTXPipeline._normalize_latents
+    def _normalize_latents(
+        latents: torch.Tensor, latents_mean: torch.Tensor, latents_std: torch.Tensor, scaling_factor: float = 1.0
+    ) -> torch.Tensor:
+        # Normalize latents across the channel dimension [B, C, F, H, W]
+        latents_mean = latents_mean.view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
+        latents_std = latents_std.view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
+        latents = (latents - latents_mean) * scaling_factor / latents_std
+        return latents
+
+    @staticmethod
+    # Copied from diffusers.pipelines.ltx.pipeline_ltx.LTXPipeline._denormalize_latents
+    def _denormalize_latents(
+        latents: torch.Tensor, latents_mean: torch.Tensor, latents_std: torch.Tensor, scaling_factor: float = 1.0
+    ) -> torch.Tensor:
+        # Denormalize latents across the channel dimension [B, C, F, H, W]
+        latents_mean = latents_mean.view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
+        latents_std = latents_std.view(1, -1, 1, 1, 1).to(latents.device, latents.dtype)
+        latents = latents * latents_std / scaling_factor + latents_mean
+        return latents
+
+    def prepare_latents(
+        self,
+        image: torch.Tensor | None = None,
+        batch_size: int = 1,
+        num_channels_latents: int = 128,
+        height: int = 512,
+        width: int = 704,
+        num_frames: int = 161,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        height = height // self.vae_spatial_compression_ratio
+        width = width // self.vae_spatial_compression_ratio
+        num_frames = (num_frames - 1) // self.vae_temporal_compression_ratio + 1
+
+        shape = (batch_size, num_channels_latents, num_frames, height, width)
+        mask_shape = (batch_size, 1, num_frames, height, width)
+
+        if latents is not None:
+            conditioning_mask = latents.new_zeros(mask_shape)
+            conditioning_mask[:, :, 0] = 1.0
+            conditioning_mask = self._pack_latents(
+                conditioning_mask, self.transformer_spatial_patch_size, self.transformer_temporal_patch_size
+            ).squeeze(-1)
+            if latents.ndim != 3 or latents.shape[:2] != conditioning_mask.shape:
+                raise ValueError(
+                    f"Provided `latents` tensor has shape {latents.shape}, but the expected shape is {conditioning_mask.shape + (num_channels_latents,)}."
+                )
+            return latents.to(device=device, dtype=dtype), conditioning_mask
+
+        if isinstance(generator, list):
+            if len(generator) != batch_size:
+                raise ValueError(
+                    f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
+                    f" size of {batch_size}. Make sure the batch size matches the length of the generators."
+                )
+
+            init_latents = [
+                retrieve_latents(self.vae.encode(image[i].unsqueeze(0).unsqueeze(2)), generator[i])
+                for i in range(batch_size)
+            ]
+        else:
+            init_latents = [
+                retrieve_latents(self.vae.encode(img.unsqueeze(0).unsqueeze(2)), generator) for img in image
+            ]
+
+        init_latents = torch.cat(init_latents, dim=0).to(dtype)
+        init_latents = self._normalize_latents(init_latents, self.vae.latents_mean, self.vae.latents_std)
+        init_latents = init_latents.repeat(1, 1, num_frames, 1, 1)
+        conditioning_mask = torch.zeros(mask_shape, device=device, dtype=dtype)
+        conditioning_mask[:, :, 0] = 1.0
+
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        latents = init_latents * conditioning_mask + noise * (1 - conditioning_mask)
+
+        conditioning_mask = self._pack_latents(
+            conditioning_mask, self.transformer_spatial_patch_size, self.transformer_temporal_patch_size
+        ).squeeze(-1)
+        latents = self._pack_latents(latents, self.transformer_spatial_patch_size, self.transformer_temporal_patch_size)
+
+        return latents, conditioning_mask
+
+    def request_arguments(
+        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+    ) -> dict[str, Any]:
+        """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
+        fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
+        for name, reason in self._refused_arguments.items():
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
+                raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
+        arguments = {
+            "num_videos_per_prompt": sampling.num_outputs_per_prompt,
+            "height": sampling.height,
+            "width": sampling.width,
+            "frame_rate": sampling.frame_rate,
+            "num_inference_steps": sampling.num_inference_steps,
+            "timesteps": sampling.timesteps,
+            "guidance_rescale": sampling.guidance_rescale,
+            "generator": sampling.generator,
+            "latents": sampling.latents,
+            "decode_timestep": sampling.decode_timestep,
+            "decode_noise_scale": sampling.decode_noise_scale,
+            "output_type": sampling.output_type,
+            "max_sequence_length": sampling.max_sequence_length,
+            "num_frames": sampling.num_frames if is_dummy_run or sampling.num_frames != 1 else None,
+            "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "prompt_embeds",
+            "prompt_attention_mask",
+            "negative_prompt_embeds",
+            "negative_prompt_attention_mask",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        for name in ("image",):
+            if name in media:
+                arguments[name] = media[name]
+        return arguments
+
+    def prepare_generation(
+        self,
+        image: PipelineImageInput = None,
+        prompt: str | list[str] = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int = 512,
+        width: int = 704,
+        num_frames: int = 161,
+        frame_rate: int = 25,
+        num_inference_steps: int = 50,
+        timesteps: list[int] = None,
+        guidance_scale: float = 3,
+        guidance_rescale: float = 0.0,
+        num_videos_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        decode_timestep: float | list[float] = 0.0,
+        decode_noise_scale: float | list[float] | None = None,
+        output_type: str | None = "pil",
+        max_sequence_length: int = 128,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
+
+        # 1. Check inputs. Raise error if not correct
+        self.check_inputs(
+            prompt=prompt,
+            height=height,
+            width=width,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+        )
+        do_classifier_free_guidance = guidance_scale > 1.0
+
+        # 2. Define call parameters
+        if prompt is not None and isinstance(prompt, str):
+            batch_size = 1
+        elif prompt is not None and isinstance(prompt, list):
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        device = self.device
+
+        # 3. Prepare text embeddings
+        (
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+        ) = self.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=do_classifier_free_guidance,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+        if do_classifier_free_guidance:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds], dim=0)
+            prompt_attention_mask = torch.cat([negative_prompt_attention_mask, prompt_attention_mask], dim=0)
+
+        # 4. Prepare latent variables
+        if latents is None:
+            image = self.video_processor.preprocess(image, height=height, width=width)
+            image = image.to(device=device, dtype=prompt_embeds.dtype)
+
+        num_channels_latents = self.transformer.config.in_channels
+        latents, conditioning_mask = self.prepare_latents(
+            image,
+            batch_size * num_videos_per_prompt,
+            num_channels_latents,
+            height,
+            width,
+            num_frames,
+            torch.float32,
+            device,
+            generator,
+            latents,
+        )
+
+        if do_classifier_free_guidance:
+            conditioning_mask = torch.cat([conditioning_mask, conditioning_mask])
+
+        # 5. Prepare timesteps
+        latent_num_frames = (num_frames - 1) // self.vae_temporal_compression_ratio + 1
+        latent_height = height // self.vae_spatial_compression_ratio
+        latent_width = width // self.vae_spatial_compression_ratio
+        video_sequence_length = latent_num_frames * latent_height * latent_width
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        mu = calculate_shift(
+            video_sequence_length,
+            self.scheduler.config.get("base_image_seq_len", 256),
+            self.scheduler.config.get("max_image_seq_len", 4096),
+            self.scheduler.config.get("base_shift", 0.5),
+            self.scheduler.config.get("max_shift", 1.15),
+        )
+        timestep_device = device
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler,
+            num_inference_steps,
+            timestep_device,
+            timesteps,
+            sigmas=sigmas,
+            mu=mu,
+        )
+
+        # 6. Prepare micro-conditions
+        rope_interpolation_scale = (
+            self.vae_temporal_compression_ratio / frame_rate,
+            self.vae_spatial_compression_ratio,
+            self.vae_spatial_compression_ratio,
+        )
+        return (
+            {
+                "latents": latents,
+                "timesteps": timesteps,
+                "prompt_embeds": prompt_embeds,
+                "conditioning_mask": conditioning_mask,
+                "prompt_attention_mask": prompt_attention_mask,
+                "latent_num_frames": latent_num_frames,
+                "latent_height": latent_height,
+                "latent_width": latent_width,
+                "rope_interpolation_scale": rope_interpolation_scale,
+                "do_classifier_free_guidance": do_classifier_free_guidance,
+                "guidance_rescale": guidance_rescale,
+                "guidance_scale": guidance_scale,
+            },
+            {
+                "output_type": output_type,
+                "latent_num_frames": latent_num_frames,
+                "latent_height": latent_height,
+                "latent_width": latent_width,
+                "prompt_embeds": prompt_embeds,
+                "generator": generator,
+                "device": device,
+                "decode_timestep": decode_timestep,
+                "batch_size": batch_size,
+                "decode_noise_scale": decode_noise_scale,
+            },
+        )
+
+    def predict_guided_noise(
+        self,
+        latents,
+        prompt_embeds,
+        t,
+        conditioning_mask,
+        prompt_attention_mask,
+        latent_num_frames,
+        latent_height,
+        latent_width,
+        rope_interpolation_scale,
+        do_classifier_free_guidance,
+        guidance_rescale,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The prediction that one scheduler step takes, guided if the request is."""
+
+        latent_model_input = latents
+        latent_model_input = latent_model_input.to(prompt_embeds.dtype)
+
+        # broadcast to batch dimension in a way that's compatible with ONNX/Core ML
+        timestep = t.expand(latent_model_input.shape[0])
+        positive_kwargs = {
+            "timestep": timestep,
+            "conditioning_mask": conditioning_mask,
+            "latent_model_input": latent_model_input,
+            "prompt_embeds": prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "latent_num_frames": latent_num_frames,
+            "latent_height": latent_height,
+            "latent_width": latent_width,
+            "rope_interpolation_scale": rope_interpolation_scale,
+        }
+        negative_kwargs = None
+        if do_classifier_free_guidance:
+            negative_conditioning_mask, conditioning_mask = conditioning_mask.chunk(2)
+            negative_prompt_attention_mask, prompt_attention_mask = prompt_attention_mask.chunk(2)
+            negative_prompt_embeds, prompt_embeds = prompt_embeds.chunk(2)
+            negative_kwargs = positive_kwargs | {
+                "conditioning_mask": negative_conditioning_mask,
+                "prompt_embeds": negative_prompt_embeds,
+                "prompt_attention_mask": negative_prompt_attention_mask,
+            }
+            positive_kwargs = positive_kwargs | {
+                "conditioning_mask": conditioning_mask,
+                "prompt_embeds": prompt_embeds,
+                "prompt_attention_mask": prompt_attention_mask,
+            }
+        return self.predict_noise_maybe_with_cfg(
+            do_classifier_free_guidance,
+            guidance_scale,
+            positive_kwargs,
+            negative_kwargs,
+            cfg_normalize=False,
+            kwargs={"guidance_rescale": guidance_rescale},
+        )
+
+    def predict_noise(
+        self,
+        timestep,
+        conditioning_mask,
+        latent_model_input,
+        prompt_embeds,
+        prompt_attention_mask,
+        latent_num_frames,
+        latent_height,
+        latent_width,
+        rope_interpolation_scale,
+    ):
+        """The prediction of one guidance branch."""
+        timestep = timestep.unsqueeze(-1) * (1 - conditioning_mask)
+
+        noise_pred = self.transformer(
+            hidden_states=latent_model_input,
+            encoder_hidden_states=prompt_embeds,
+            timestep=timestep,
+            encoder_attention_mask=prompt_attention_mask,
+            num_frames=latent_num_frames,
+            height=latent_height,
+            width=latent_width,
+            rope_interpolation_scale=rope_interpolation_scale,
+            return_dict=False,
+        )[0]
+        noise_pred = noise_pred.float()
+        return noise_pred
+
+    def combine_cfg_noise(
+        self, positive_noise_pred, negative_noise_pred, true_cfg_scale, cfg_normalize=False, kwargs=None
+    ):
+        noise_pred_text = positive_noise_pred[0]
+        noise_pred_uncond = negative_noise_pred[0]
+        guidance_rescale = kwargs["guidance_rescale"]
+        noise_pred = noise_pred_uncond + true_cfg_scale * (noise_pred_text - noise_pred_uncond)
+
+        if guidance_rescale > 0:
+            # Based on 3.4. in https://huggingface.co/papers/2305.08891
+            noise_pred = rescale_noise_cfg(noise_pred, noise_pred_text, guidance_rescale=guidance_rescale)
+        return noise_pred
+
+    def step_latents(self, scheduler, noise_pred, t, latent_num_frames, latent_height, latent_width, latents):
+
+        # compute the previous noisy sample x_t -> x_t-1
+        noise_pred = self._unpack_latents(
+            noise_pred,
+            latent_num_frames,
+            latent_height,
+            latent_width,
+            self.transformer_spatial_patch_size,
+            self.transformer_temporal_patch_size,
+        )
+        latents = self._unpack_latents(
+            latents,
+            latent_num_frames,
+            latent_height,
+            latent_width,
+            self.transformer_spatial_patch_size,
+            self.transformer_temporal_patch_size,
+        )
+
+        noise_pred = noise_pred[:, :, 1:]
+        noise_latents = latents[:, :, 1:]
+        pred_latents = scheduler.step(noise_pred, t, noise_latents, return_dict=False)[0]
+
+        latents = torch.cat([latents[:, :, :1], pred_latents], dim=2)
+        latents = self._pack_latents(latents, self.transformer_spatial_patch_size, self.transformer_temporal_patch_size)
+        return latents
+
+    def diffuse(
+        self,
+        latents,
+        timesteps,
+        prompt_embeds,
+        conditioning_mask,
+        prompt_attention_mask,
+        latent_num_frames,
+        latent_height,
+        latent_width,
+        rope_interpolation_scale,
+        do_classifier_free_guidance,
+        guidance_rescale,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The denoising loop."""
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for t in timesteps:
+                noise_pred = self.predict_guided_noise(
+                    latents=latents,
+                    prompt_embeds=prompt_embeds,
+                    t=t,
+                    conditioning_mask=conditioning_mask,
+                    prompt_attention_mask=prompt_attention_mask,
+                    latent_num_frames=latent_num_frames,
+                    latent_height=latent_height,
+                    latent_width=latent_width,
+                    rope_interpolation_scale=rope_interpolation_scale,
+                    do_classifier_free_guidance=do_classifier_free_guidance,
+                    guidance_rescale=guidance_rescale,
+                    guidance_scale=guidance_scale,
+                )
+                latents = self.step_latents(
+                    self.scheduler,
+                    noise_pred=noise_pred,
+                    t=t,
+                    latent_num_frames=latent_num_frames,
+                    latent_height=latent_height,
+                    latent_width=latent_width,
+                    latents=latents,
+                )
+                progress_bar.update()
+        return latents
+
+    def decode(
+        self,
+        latents,
+        output_type,
+        latent_num_frames,
+        latent_height,
+        latent_width,
+        prompt_embeds,
+        generator,
+        device,
+        decode_timestep,
+        batch_size,
+        decode_noise_scale,
+    ) -> torch.Tensor:
+        """What Diffusers returns, before post-processing."""
+
+        if output_type == "latent":
+            video = latents
+        else:
+            latents = self._unpack_latents(
+                latents,
+                latent_num_frames,
+                latent_height,
+                latent_width,
+                self.transformer_spatial_patch_size,
+                self.transformer_temporal_patch_size,
+            )
+            latents = self._denormalize_latents(
+                latents, self.vae.latents_mean, self.vae.latents_std, self.vae.config.scaling_factor
+            )
+            latents = latents.to(prompt_embeds.dtype)
+
+            if not self.vae.config.timestep_conditioning:
+                timestep = None
+            else:
+                noise = torch.randn(latents.shape, generator=generator, device=device, dtype=latents.dtype)
+                if not isinstance(decode_timestep, list):
+                    decode_timestep = [decode_timestep] * batch_size
+                if decode_noise_scale is None:
+                    decode_noise_scale = decode_timestep
+                elif not isinstance(decode_noise_scale, list):
+                    decode_noise_scale = [decode_noise_scale] * batch_size
+
+                timestep = torch.tensor(decode_timestep, device=device, dtype=latents.dtype)
+                decode_noise_scale = torch.tensor(decode_noise_scale, device=device, dtype=latents.dtype)[
+                    :, None, None, None, None
+                ]
+                latents = (1 - decode_noise_scale) * latents + decode_noise_scale * noise
+
+            video = self.vae.decode(latents, timestep, return_dict=False)[0]
+        return video
+
+    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
+        """One call of the pipeline."""
+        inputs, decode_inputs = self.prepare_generation(**arguments)
+        return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
+
+    def finish(self, **inputs: Any) -> DiffusionOutput:
+        """Decode, and wrap for the engine."""
+        video = self.decode(**inputs)
+        # A rank that does not own the decoded video has a placeholder of another shape.
+        if inputs["output_type"] == "latent" or video.ndim != 5:
+            output = DiffusionOutput(output=video)
+        else:
+            spec = VideoTensorSpec(
+                layout=VideoTensorLayout.BCTHW,
+                encoding=VideoTensorEncoding.NORMALIZED_FLOAT,
+                value_range=VideoValueRange.NEGATIVE_ONE_TO_ONE,
+            )
+            output = DiffusionOutput(media=DiffusionMediaOutput(video=VideoMediaOutput(tensor=video, spec=spec)))
+        if self.enable_diffusion_pipeline_profiler:
+            output.stage_durations = self.stage_durations
+        return output
+
+    def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
+        requests = [
+            self.request_arguments(p, s, req.is_dummy_run())
+            for p, s in zip(req.prompts, req.sampling_params_list, strict=True)
+        ]
+        return [self.generate(arguments) for arguments in requests]
+
+    def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
+        """Step execution: encode one request and give it a scheduler of its own."""
+        inputs, state.extra["decode"] = self.prepare_generation(
+            **self.request_arguments(
+                state.prompt, state.sampling, OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
+            )
+        )
+        state.latents = inputs.pop("latents")
+        state.timesteps = inputs.pop("timesteps")
+        state.step_index = 0
+        state.scheduler = copy.deepcopy(self.scheduler)
+        state.extra["denoise"] = inputs
+        return state
+
+    def denoise_step(
+        self, input_batch: InputBatch, *, states: Sequence[StepRequestState] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Step execution: predict for each request at its own timestep."""
+        predictions = []
+        for state in states if states is not None else input_batch.states:
+            inputs = state.extra["denoise"]
+            predictions.append(
+                self.predict_guided_noise(
+                    latents=state.latents,
+                    prompt_embeds=inputs["prompt_embeds"],
+                    t=state.current_timestep,
+                    conditioning_mask=inputs["conditioning_mask"],
+                    prompt_attention_mask=inputs["prompt_attention_mask"],
+                    latent_num_frames=inputs["latent_num_frames"],
+                    latent_height=inputs["latent_height"],
+                    latent_width=inputs["latent_width"],
+                    rope_interpolation_scale=inputs["rope_interpolation_scale"],
+                    do_classifier_free_guidance=inputs["do_classifier_free_guidance"],
+                    guidance_rescale=inputs["guidance_rescale"],
+                    guidance_scale=inputs["guidance_scale"],
+                )
+            )
+        return torch.cat(predictions)
+
+    def step_scheduler(self, state: StepRequestState, noise_pred: torch.Tensor, **kwargs: Any) -> None:
+        """Step execution: one step of the request's own scheduler."""
+        inputs = state.extra["denoise"]
+        state.latents = self.step_latents(
+            state.scheduler,
+            noise_pred=noise_pred,
+            t=state.current_timestep,
+            latent_num_frames=inputs["latent_num_frames"],
+            latent_height=inputs["latent_height"],
+            latent_width=inputs["latent_width"],
+            latents=state.latents,
+        )
+        state.step_index += 1
+
+    def post_decode(self, state: StepRequestState, **kwargs: Any) -> DiffusionOutput:
+        """Step execution: decode a finished request."""
+        return self.finish(latents=state.latents, **state.extra["decode"])
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights)

@@ -1,0 +1,767 @@
+# SPDX-License-Identifier: Apache-2.0
+# SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
+# Ported by porter from diffusers.SkyReelsV2ImageToVideoPipeline (pipelines/skyreels_v2/pipeline_skyreels_v2_i2v.py, diffusers 0.40.0), rule set 2343f5376766.
+# Generated: edit the rules, not this file.
+
+from __future__ import annotations
+
+import copy
+import html
+import importlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers.image_processor import PipelineImageInput
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from regex import sub
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+
+from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import DistributedAutoencoderKLWan
+from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.utils import get_local_device
+from vllm_omni.diffusion.media import (
+    DiffusionMediaOutput,
+    VideoMediaOutput,
+    VideoTensorEncoding,
+    VideoTensorLayout,
+    VideoTensorSpec,
+    VideoValueRange,
+)
+from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
+from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_prefetch
+from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
+from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
+from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
+from vllm_omni.diffusion.worker.input_batch import InputBatch
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.diffusion.worker.utils import StepRequestState
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+
+from .sky_reels_v2_transformer import SkyReelsV2Transformer3DModel
+
+logger = init_logger(__name__)  # pylint: disable=invalid-name
+
+
+def whitespace_clean(text):
+    text = sub(r"\s+", " ", text)
+    text = text.strip()
+    return text
+
+
+def basic_clean(text):
+    from ftfy import fix_text
+
+    text = fix_text(text)
+    text = html.unescape(html.unescape(text))
+    return text.strip()
+
+
+def prompt_clean(text):
+    text = whitespace_clean(basic_clean(text))
+    return text
+
+
+# Copied from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img.retrieve_latents
+def retrieve_latents(
+    encoder_output: torch.Tensor, generator: torch.Generator | None = None, sample_mode: str = "sample"
+):
+    if hasattr(encoder_output, "latent_dist") and sample_mode == "sample":
+        return encoder_output.latent_dist.sample(generator)
+    elif hasattr(encoder_output, "latent_dist") and sample_mode == "argmax":
+        return encoder_output.latent_dist.mode()
+    elif hasattr(encoder_output, "latents"):
+        return encoder_output.latents
+    else:
+        raise AttributeError("Could not access latents of provided encoder_output")
+
+
+def read_json(od_config: OmniDiffusionConfig, name: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint."""
+    if os.path.isdir(od_config.model):
+        path = os.path.join(od_config.model, name)
+    else:
+        path = hf_hub_download(od_config.model, name, revision=od_config.revision)
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], name: str, **kwargs: Any) -> Any:
+    """Load one component from its subfolder, as the class that model_index.json names."""
+    library, class_name = model_index[name]
+    component_class = {"AutoencoderKLWan": DistributedAutoencoderKLWan}.get(class_name) or getattr(
+        importlib.import_module(library), class_name
+    )
+    return from_pretrained_with_prefetch(
+        component_class.from_pretrained,
+        od_config.model,
+        subfolder=name,
+        prefetch_list=[
+            key for key, value in model_index.items() if isinstance(value, list) and isinstance(value[0], str)
+        ],
+        local_files_only=os.path.isdir(od_config.model),
+        revision=od_config.revision,
+        **kwargs,
+    )
+
+
+class SkyReelsV2ImageToVideoPipeline(
+    nn.Module,
+    SupportImageInput,
+    CFGParallelMixin,
+    ProgressBarMixin,
+    DiffusionPipelineProfilerMixin,
+    SupportsComponentDiscovery,
+):
+    """Pipeline for Image-to-Video (i2v) generation using SkyReels-V2."""
+
+    supports_request_batch: ClassVar[bool] = False
+    supports_step_execution: ClassVar[bool] = True
+    # No warm-up: the engine's request for it brings one picture, a call needs more.
+    dummy_run_num_frames: ClassVar[int] = 0
+    default_num_inference_steps: ClassVar[int] = 50
+    _dit_modules: ClassVar[list[str]] = ["transformer"]
+    _encoder_modules: ClassVar[list[str]] = ["text_encoder", "image_encoder"]
+    _vae_modules: ClassVar[list[str]] = ["vae"]
+    _PROFILER_TARGETS: ClassVar[list[str]] = ["text_encoder.forward", "image_encoder.forward", "diffuse", "vae.decode"]
+    _refused_arguments: ClassVar[dict[str, str]] = {
+        "return_dict": "the engine always returns its own output object",
+        "attention_kwargs": "attention processors take no per-call arguments here; LoRA scale is the engine's lora_scale",
+        "callback_on_step_end": "the engine reports progress itself and calls nothing back",
+        "callback_on_step_end_tensor_inputs": "the engine reports progress itself and calls nothing back",
+    }
+
+    def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
+        super().__init__()
+        self.od_config = od_config
+        self.parallel_config = od_config.parallel_config
+        self.device = get_local_device()
+        self.dtype = od_config.dtype
+        model_index = read_json(od_config, "model_index.json")
+
+        # Offloaded components wait on the CPU until the engine moves them.
+        device = torch.device("cpu") if od_config.enable_cpu_offload else self.device
+        self.tokenizer = load_component(od_config, model_index, "tokenizer")
+        self.text_encoder = load_component(od_config, model_index, "text_encoder", dtype=od_config.dtype).to(device)
+        self.image_encoder = load_component(od_config, model_index, "image_encoder", dtype=od_config.dtype).to(device)
+        self.image_processor = load_component(od_config, model_index, "image_processor")
+        self.vae = load_component(od_config, model_index, "vae", torch_dtype=od_config.dtype).to(device)
+        self.scheduler = load_component(od_config, model_index, "scheduler")
+        self.weights_sources = [
+            DiffusersPipelineLoader.ComponentSource(
+                model_or_path=od_config.model,
+                subfolder=name,
+                revision=od_config.revision,
+                prefix=f"{name}.",
+                fall_back_to_pt=True,
+            )
+            for name in self._dit_modules
+        ]
+        self.transformer = SkyReelsV2Transformer3DModel(
+            od_config=od_config,
+            quant_config=od_config.quantization_config,
+            prefix=maybe_prefix(prefix, "transformer"),
+            **get_transformer_config_kwargs(od_config.tf_model_config, SkyReelsV2Transformer3DModel),
+        )
+
+        self.vae_scale_factor_temporal = 2 ** sum(self.vae.temperal_downsample)
+        self.vae_scale_factor_spatial = 2 ** len(self.vae.temperal_downsample)
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+        self.setup_diffusion_pipeline_profiler(
+            enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
+        )
+
+    # Copied from diffusers.pipelines.wan.pipeline_wan_i2v.WanImageToVideoPipeline._get_t5_prompt_embeds
+    def _get_t5_prompt_embeds(
+        self,
+        prompt: str | list[str] = None,
+        num_videos_per_prompt: int = 1,
+        max_sequence_length: int = 512,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        device = device or self.device
+        dtype = dtype or self.text_encoder.dtype
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        prompt = [prompt_clean(u) for u in prompt]
+        batch_size = len(prompt)
+
+        text_inputs = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=max_sequence_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        text_input_ids, mask = text_inputs.input_ids, text_inputs.attention_mask
+        seq_lens = mask.gt(0).sum(dim=1).long()
+
+        prompt_embeds = self.text_encoder(text_input_ids.to(device), mask.to(device)).last_hidden_state
+        prompt_embeds = prompt_embeds.to(dtype=dtype, device=device)
+        prompt_embeds = [u[:v] for u, v in zip(prompt_embeds, seq_lens)]
+        prompt_embeds = torch.stack(
+            [torch.cat([u, u.new_zeros(max_sequence_length - u.size(0), u.size(1))]) for u in prompt_embeds], dim=0
+        )
+
+        # duplicate text embeddings for each generation per prompt, using mps friendly method
+        _, seq_len, _ = prompt_embeds.shape
+        prompt_embeds = prompt_embeds.repeat(1, num_videos_per_prompt, 1)
+        prompt_embeds = prompt_embeds.view(batch_size * num_videos_per_prompt, seq_len, -1)
+
+        return prompt_embeds
+
+    # Copied from diffusers.pipelines.wan.pipeline_wan_i2v.WanImageToVideoPipeline.encode_image
+    def encode_image(
+        self,
+        image: PipelineImageInput,
+        device: torch.device | None = None,
+    ):
+        device = device or self.device
+        image = self.image_processor(images=image, return_tensors="pt").to(device)
+        image_embeds = self.image_encoder(**image, output_hidden_states=True)
+        return image_embeds.hidden_states[-2]
+
+    # Copied from diffusers.pipelines.wan.pipeline_wan_i2v.WanImageToVideoPipeline.encode_prompt
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int = 226,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        r"""
+        Encodes the prompt into text encoder hidden states.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                prompt to be encoded
+            negative_prompt (`str` or `list[str]`, *optional*):
+                The prompt or prompts not to guide the image generation. If not defined, one has to pass
+                `negative_prompt_embeds` instead. Ignored when not using guidance (i.e., ignored if `guidance_scale` is
+                less than `1`).
+            do_classifier_free_guidance (`bool`, *optional*, defaults to `True`):
+                Whether to use classifier free guidance or not.
+            num_videos_per_prompt (`int`, *optional*, defaults to 1):
+                Number of videos that should be generated per prompt. torch device to place the resulting embeddings on
+            prompt_embeds (`torch.Tensor`, *optional*):
+                Pre-generated text embeddings. Can be used to easily tweak text inputs, *e.g.* prompt weighting. If not
+                provided, text embeddings will be generated from `prompt` input argument.
+            negative_prompt_embeds (`torch.Tensor`, *optional*):
+                Pre-generated negative text embeddings. Can be used to easily tweak text inputs, *e.g.* prompt
+                weighting. If not provided, negative_prompt_embeds will be generated from `negative_prompt` input
+                argument.
+            device: (`torch.device`, *optional*):
+                torch device
+            dtype: (`torch.dtype`, *optional*):
+                torch dtype
+        """
+        device = device or self.device
+
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        if prompt is not None:
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        if prompt_embeds is None:
+            prompt_embeds = self._get_t5_prompt_embeds(
+                prompt=prompt,
+                num_videos_per_prompt=num_videos_per_prompt,
+                max_sequence_length=max_sequence_length,
+                device=device,
+                dtype=dtype,
+            )
+
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative_prompt = negative_prompt or ""
+            negative_prompt = batch_size * [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+
+            if prompt is not None and type(prompt) is not type(negative_prompt):
+                raise TypeError(
+                    f"`negative_prompt` should be the same type to `prompt`, but got {type(negative_prompt)} !="
+                    f" {type(prompt)}."
+                )
+            elif batch_size != len(negative_prompt):
+                raise ValueError(
+                    f"`negative_prompt`: {negative_prompt} has batch size {len(negative_prompt)}, but `prompt`:"
+                    f" {prompt} has batch size {batch_size}. Please make sure that passed `negative_prompt` matches"
+                    " the batch size of `prompt`."
+                )
+
+            negative_prompt_embeds = self._get_t5_prompt_embeds(
+                prompt=negative_prompt,
+                num_videos_per_prompt=num_videos_per_prompt,
+                max_sequence_length=max_sequence_length,
+                device=device,
+                dtype=dtype,
+            )
+
+        return prompt_embeds, negative_prompt_embeds
+
+    def check_inputs(
+        self,
+        prompt,
+        negative_prompt,
+        image,
+        height,
+        width,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        image_embeds=None,
+    ):
+        if image is not None and image_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `image`: {image} and `image_embeds`: {image_embeds}. Please make sure to"
+                " only forward one of the two."
+            )
+        if image is None and image_embeds is None:
+            raise ValueError(
+                "Provide either `image` or `prompt_embeds`. Cannot leave both `image` and `image_embeds` undefined."
+            )
+        if image is not None and not isinstance(image, torch.Tensor) and not isinstance(image, Image.Image):
+            raise ValueError(f"`image` has to be of type `torch.Tensor` or `PIL.Image.Image` but is {type(image)}")
+        if height % 16 != 0 or width % 16 != 0:
+            raise ValueError(f"`height` and `width` have to be divisible by 16 but are {height} and {width}.")
+
+        if prompt is not None and prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `prompt`: {prompt} and `prompt_embeds`: {prompt_embeds}. Please make sure to"
+                " only forward one of the two."
+            )
+        elif negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError(
+                f"Cannot forward both `negative_prompt`: {negative_prompt} and `negative_prompt_embeds`: {negative_prompt_embeds}. Please make sure to"
+                " only forward one of the two."
+            )
+        elif prompt is None and prompt_embeds is None:
+            raise ValueError(
+                "Provide either `prompt` or `prompt_embeds`. Cannot leave both `prompt` and `prompt_embeds` undefined."
+            )
+        elif prompt is not None and (not isinstance(prompt, str) and not isinstance(prompt, list)):
+            raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}")
+        elif negative_prompt is not None and (
+            not isinstance(negative_prompt, str) and not isinstance(negative_prompt, list)
+        ):
+            raise ValueError(f"`negative_prompt` has to be of type `str` or `list` but is {type(negative_prompt)}")
+
+    def prepare_latents(
+        self,
+        image: PipelineImageInput,
+        batch_size: int,
+        num_channels_latents: int = 16,
+        height: int = 480,
+        width: int = 832,
+        num_frames: int = 81,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        latent_height = height // self.vae_scale_factor_spatial
+        latent_width = width // self.vae_scale_factor_spatial
+
+        shape = (batch_size, num_channels_latents, num_latent_frames, latent_height, latent_width)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"You have passed a list of generators of length {len(generator)}, but requested an effective batch"
+                f" size of {batch_size}. Make sure the batch size matches the length of the generators."
+            )
+
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        else:
+            latents = latents.to(device=device, dtype=dtype)
+
+        image = image.unsqueeze(2)
+        if last_image is None:
+            video_condition = torch.cat(
+                [image, image.new_zeros(image.shape[0], image.shape[1], num_frames - 1, height, width)], dim=2
+            )
+        else:
+            last_image = last_image.unsqueeze(2)
+            video_condition = torch.cat(
+                [image, image.new_zeros(image.shape[0], image.shape[1], num_frames - 2, height, width), last_image],
+                dim=2,
+            )
+        video_condition = video_condition.to(device=device, dtype=self.vae.dtype)
+
+        latents_mean = (
+            torch.tensor(self.vae.config.latents_mean)
+            .view(1, self.vae.config.z_dim, 1, 1, 1)
+            .to(latents.device, latents.dtype)
+        )
+        latents_std = 1.0 / torch.tensor(self.vae.config.latents_std).view(1, self.vae.config.z_dim, 1, 1, 1).to(
+            latents.device, latents.dtype
+        )
+
+        if isinstance(generator, list):
+            latent_condition = [
+                retrieve_latents(self.vae.encode(video_condition), sample_mode="argmax") for _ in generator
+            ]
+            latent_condition = torch.cat(latent_condition)
+        else:
+            latent_condition = retrieve_latents(self.vae.encode(video_condition), sample_mode="argmax")
+            latent_condition = latent_condition.repeat(batch_size, 1, 1, 1, 1)
+
+        latent_condition = latent_condition.to(dtype)
+        latent_condition = (latent_condition - latents_mean) * latents_std
+
+        mask_lat_size = torch.ones(batch_size, 1, num_frames, latent_height, latent_width)
+
+        if last_image is None:
+            mask_lat_size[:, :, list(range(1, num_frames))] = 0
+        else:
+            mask_lat_size[:, :, list(range(1, num_frames - 1))] = 0
+        first_frame_mask = mask_lat_size[:, :, 0:1]
+        first_frame_mask = torch.repeat_interleave(first_frame_mask, dim=2, repeats=self.vae_scale_factor_temporal)
+        mask_lat_size = torch.concat([first_frame_mask, mask_lat_size[:, :, 1:, :]], dim=2)
+        mask_lat_size = mask_lat_size.view(batch_size, -1, self.vae_scale_factor_temporal, latent_height, latent_width)
+        mask_lat_size = mask_lat_size.transpose(1, 2)
+        mask_lat_size = mask_lat_size.to(latent_condition.device)
+
+        return latents, torch.concat([mask_lat_size, latent_condition], dim=1)
+
+    def request_arguments(
+        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+    ) -> dict[str, Any]:
+        """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
+        fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        media = fields.get("multi_modal_data") or {}
+        for name, reason in self._refused_arguments.items():
+            if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
+                raise ValueError(f"`{name}` can't be set: {reason}.")
+        # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
+        arguments = {
+            "num_videos_per_prompt": sampling.num_outputs_per_prompt,
+            "height": sampling.height,
+            "width": sampling.width,
+            "num_inference_steps": sampling.num_inference_steps,
+            "generator": sampling.generator,
+            "latents": sampling.latents,
+            "output_type": sampling.output_type,
+            "max_sequence_length": sampling.max_sequence_length,
+            "num_frames": sampling.num_frames if is_dummy_run or sampling.num_frames != 1 else None,
+            "guidance_scale": sampling.guidance_scale if sampling.guidance_scale_provided else None,
+        }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in (
+            "prompt",
+            "negative_prompt",
+            "prompt_embeds",
+            "negative_prompt_embeds",
+        ):
+            if name in fields:
+                arguments[name] = fields[name]
+        for name in (
+            "image",
+            "last_image",
+        ):
+            if name in media:
+                arguments[name] = media[name]
+        for name in ("image_embeds",):
+            if name in sampling.extra_args:
+                arguments[name] = sampling.extra_args[name]
+        return arguments
+
+    def prepare_generation(
+        self,
+        image: PipelineImageInput,
+        prompt: str | list[str] = None,
+        negative_prompt: str | list[str] = None,
+        height: int = 544,
+        width: int = 960,
+        num_frames: int = 97,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
+        num_videos_per_prompt: int | None = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        last_image: torch.Tensor | None = None,
+        output_type: str | None = "np",
+        max_sequence_length: int = 512,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
+
+        # 1. Check inputs. Raise error if not correct
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            image,
+            height,
+            width,
+            prompt_embeds,
+            negative_prompt_embeds,
+            image_embeds,
+        )
+
+        if num_frames % self.vae_scale_factor_temporal != 1:
+            logger.warning(
+                f"`num_frames - 1` has to be divisible by {self.vae_scale_factor_temporal}. Rounding to the nearest number."
+            )
+            num_frames = num_frames // self.vae_scale_factor_temporal * self.vae_scale_factor_temporal + 1
+        num_frames = max(num_frames, 1)
+        do_classifier_free_guidance = guidance_scale > 1
+
+        device = self.device
+
+        # 2. Define call parameters
+        if prompt is not None and isinstance(prompt, str):
+            batch_size = 1
+        elif prompt is not None and isinstance(prompt, list):
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        # 3. Encode input prompt
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            do_classifier_free_guidance=do_classifier_free_guidance,
+            num_videos_per_prompt=num_videos_per_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+
+        # Encode image embedding
+        transformer_dtype = self.dtype
+        prompt_embeds = prompt_embeds.to(transformer_dtype)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.to(transformer_dtype)
+
+        if image_embeds is None:
+            if last_image is None:
+                image_embeds = self.encode_image(image, device)
+            else:
+                image_embeds = self.encode_image([image, last_image], device)
+        image_embeds = image_embeds.repeat(batch_size, 1, 1)
+        image_embeds = image_embeds.to(transformer_dtype)
+
+        # 4. Prepare timesteps
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+
+        # 5. Prepare latent variables
+        num_channels_latents = self.vae.config.z_dim
+        image = self.video_processor.preprocess(image, height=height, width=width).to(device, dtype=torch.float32)
+        if last_image is not None:
+            last_image = self.video_processor.preprocess(last_image, height=height, width=width).to(
+                device, dtype=torch.float32
+            )
+        latents, condition = self.prepare_latents(
+            image,
+            batch_size * num_videos_per_prompt,
+            num_channels_latents,
+            height,
+            width,
+            num_frames,
+            torch.float32,
+            device,
+            generator,
+            latents,
+            last_image,
+        )
+        return (
+            {
+                "latents": latents,
+                "timesteps": timesteps,
+                "condition": condition,
+                "transformer_dtype": transformer_dtype,
+                "prompt_embeds": prompt_embeds,
+                "image_embeds": image_embeds,
+                "do_classifier_free_guidance": do_classifier_free_guidance,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "guidance_scale": guidance_scale,
+            },
+            {
+                "output_type": output_type,
+            },
+        )
+
+    def predict_guided_noise(
+        self,
+        latents,
+        condition,
+        transformer_dtype,
+        t,
+        prompt_embeds,
+        image_embeds,
+        do_classifier_free_guidance,
+        negative_prompt_embeds,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The prediction that one scheduler step takes, guided if the request is."""
+        latent_model_input = torch.cat([latents, condition], dim=1).to(transformer_dtype)
+        timestep = t.expand(latents.shape[0])
+        positive_kwargs = {
+            "hidden_states": latent_model_input,
+            "timestep": timestep,
+            "encoder_hidden_states": prompt_embeds,
+            "encoder_hidden_states_image": image_embeds,
+        }
+        negative_kwargs = positive_kwargs | {
+            "encoder_hidden_states": negative_prompt_embeds,
+        }
+        return self.predict_noise_maybe_with_cfg(
+            do_classifier_free_guidance, guidance_scale, positive_kwargs, negative_kwargs, cfg_normalize=False
+        )
+
+    def diffuse(
+        self,
+        latents,
+        timesteps,
+        condition,
+        transformer_dtype,
+        prompt_embeds,
+        image_embeds,
+        do_classifier_free_guidance,
+        negative_prompt_embeds,
+        guidance_scale,
+    ) -> torch.Tensor:
+        """The denoising loop."""
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for t in timesteps:
+                noise_pred = self.predict_guided_noise(
+                    latents=latents,
+                    condition=condition,
+                    transformer_dtype=transformer_dtype,
+                    t=t,
+                    prompt_embeds=prompt_embeds,
+                    image_embeds=image_embeds,
+                    do_classifier_free_guidance=do_classifier_free_guidance,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    guidance_scale=guidance_scale,
+                )
+
+                # compute the previous noisy sample x_t -> x_t-1
+                latents = self.scheduler_step_maybe_with_cfg(
+                    noise_pred, t, latents, do_true_cfg=do_classifier_free_guidance
+                )
+                progress_bar.update()
+        return latents
+
+    def decode(
+        self,
+        latents,
+        output_type,
+    ) -> torch.Tensor:
+        """What Diffusers returns, before post-processing."""
+
+        if not output_type == "latent":
+            latents = latents.to(self.vae.dtype)
+            latents_mean = (
+                torch.tensor(self.vae.config.latents_mean)
+                .view(1, self.vae.config.z_dim, 1, 1, 1)
+                .to(latents.device, latents.dtype)
+            )
+            latents_std = 1.0 / torch.tensor(self.vae.config.latents_std).view(1, self.vae.config.z_dim, 1, 1, 1).to(
+                latents.device, latents.dtype
+            )
+            latents = latents / latents_std + latents_mean
+            video = self.vae.decode(latents, return_dict=False)[0]
+        else:
+            video = latents
+        return video
+
+    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
+        """One call of the pipeline."""
+        inputs, decode_inputs = self.prepare_generation(**arguments)
+        return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
+
+    def finish(self, **inputs: Any) -> DiffusionOutput:
+        """Decode, and wrap for the engine."""
+        video = self.decode(**inputs)
+        # A rank that does not own the decoded video has a placeholder of another shape.
+        if inputs["output_type"] == "latent" or video.ndim != 5:
+            output = DiffusionOutput(output=video)
+        else:
+            spec = VideoTensorSpec(
+                layout=VideoTensorLayout.BCTHW,
+                encoding=VideoTensorEncoding.NORMALIZED_FLOAT,
+                value_range=VideoValueRange.NEGATIVE_ONE_TO_ONE,
+            )
+            output = DiffusionOutput(media=DiffusionMediaOutput(video=VideoMediaOutput(tensor=video, spec=spec)))
+        if self.enable_diffusion_pipeline_profiler:
+            output.stage_durations = self.stage_durations
+        return output
+
+    def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
+        requests = [
+            self.request_arguments(p, s, req.is_dummy_run())
+            for p, s in zip(req.prompts, req.sampling_params_list, strict=True)
+        ]
+        return [self.generate(arguments) for arguments in requests]
+
+    def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
+        """Step execution: encode one request and give it a scheduler of its own."""
+        inputs, state.extra["decode"] = self.prepare_generation(
+            **self.request_arguments(
+                state.prompt, state.sampling, OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
+            )
+        )
+        state.latents = inputs.pop("latents")
+        state.timesteps = inputs.pop("timesteps")
+        state.step_index = 0
+        state.scheduler = copy.deepcopy(self.scheduler)
+        state.extra["denoise"] = inputs
+        return state
+
+    def denoise_step(
+        self, input_batch: InputBatch, *, states: Sequence[StepRequestState] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Step execution: predict for each request at its own timestep."""
+        predictions = []
+        for state in states if states is not None else input_batch.states:
+            inputs = state.extra["denoise"]
+            predictions.append(
+                self.predict_guided_noise(
+                    latents=state.latents,
+                    condition=inputs["condition"],
+                    transformer_dtype=inputs["transformer_dtype"],
+                    t=state.current_timestep,
+                    prompt_embeds=inputs["prompt_embeds"],
+                    image_embeds=inputs["image_embeds"],
+                    do_classifier_free_guidance=inputs["do_classifier_free_guidance"],
+                    negative_prompt_embeds=inputs["negative_prompt_embeds"],
+                    guidance_scale=inputs["guidance_scale"],
+                )
+            )
+        return torch.cat(predictions)
+
+    def step_scheduler(self, state: StepRequestState, noise_pred: torch.Tensor, **kwargs: Any) -> None:
+        """Step execution: one step of the request's own scheduler."""
+        state.latents = self.scheduler_step_maybe_with_cfg(
+            noise_pred, state.current_timestep, state.latents, do_true_cfg=False, per_request_scheduler=state.scheduler
+        )
+        state.step_index += 1
+
+    def post_decode(self, state: StepRequestState, **kwargs: Any) -> DiffusionOutput:
+        """Step execution: decode a finished request."""
+        return self.finish(latents=state.latents, **state.extra["decode"])
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights)
