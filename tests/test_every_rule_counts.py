@@ -55,7 +55,7 @@ def port(name: str, rules: RuleSet, denoisers: dict[str, TransformerPort] | None
     except PorterError as error:
         return str(error)
     made = printed(run)
-    said = "\n".join(sorted(d.message for d in made.diagnostics))
+    said = "\n".join(sorted({d.message for d in (*run.diagnostics, *made.diagnostics)}))
     return {name: text for name, text in made.files.items() if name.endswith(".py")} | {"diagnostics": said}
 
 
@@ -63,7 +63,8 @@ def port(name: str, rules: RuleSet, denoisers: dict[str, TransformerPort] | None
 def with_all(name: str) -> tuple[dict[str, str] | str, dict[str, TransformerPort]]:
     run = _Conversion(library(), load_rules(RULES), load_policy(RULES))
     run.add(find_target(library(), name), alone=True)
-    return port(name, load_rules(RULES), run.transformers), dict(run.transformers)
+    kept = run.transformers if name.endswith("Pipeline") else {}
+    return port(name, load_rules(RULES), kept), dict(run.transformers)
 
 
 @pytest.mark.parametrize("rule", [r.id for r in load_rules(RULES).rules])
@@ -84,10 +85,12 @@ def changes(name: str, rule: str) -> bool:
 
 
 def spread() -> list[tuple[Path, int]]:
-    """Lines spread over a generated file, each with a source."""
+    """Lines spread over a generated file, each with a source in Diffusers (what a template printed has none)."""
     path = GENERATED / "qwen_image/qwen_image_transformer.py"
     total = len(path.read_text(encoding="utf-8").splitlines())
-    numbers = [n for n in range(1, total + 1) if origin_of(path, n).file and words(text_of(path, n))]
+    sources = {o.file for n in range(1, total + 1) if (o := origin_of(path, n)).file}
+    known = {f for f in sources if (library().root / f).is_file()}
+    numbers = [n for n in range(1, total + 1) if origin_of(path, n).file in known and words(text_of(path, n))]
     return [(path, numbers[(2 * i + 1) * len(numbers) // (2 * LINES)]) for i in range(LINES)]
 
 

@@ -255,7 +255,7 @@ def recorded(pipe, record, stop_after):
     hooks = [
         component.register_forward_pre_hook(before, with_kwargs=True)
         for name, component in pipe.components.items()
-        if name.startswith(("transformer", "unet", "dit", "prior")) and hasattr(component, "register_forward_pre_hook")
+        if name.startswith(("transformer", "unet")) and hasattr(component, "register_forward_pre_hook")
     ]
     processors = {}
     for name in ("image_processor", "video_processor"):

@@ -16,6 +16,10 @@ from porter.verify.pipeline_spec import load_spec
 PIPELINES = sorted(p.stem for p in (corpus_root() / "pipelines").glob("*.yaml"))
 
 
+LARGE = dict.fromkeys(("HunyuanImagePipeline", "HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"), 22e6)
+"""Their denoisers hold a projection of 2048 by 2048, which the source writes out: no configuration makes it smaller."""
+
+
 def make(bench: Any, folder: Path, pipeline: str = "QwenImagePipeline") -> dict[str, Any]:
     spec = load_spec(pipeline)
     assert spec is not None
@@ -26,7 +30,7 @@ def make(bench: Any, folder: Path, pipeline: str = "QwenImagePipeline") -> dict[
 def test_a_tiny_checkpoint_is_small_quick_and_whole(bench: Any, tmp_path: Path, pipeline: str) -> None:
     made = make(bench, tmp_path / "c", pipeline)
     print(f"{pipeline}: {made['bytes'] / 1e6:.1f} MB in {made['seconds']:.1f} s")
-    assert made["bytes"] < 20e6
+    assert made["bytes"] < LARGE.get(pipeline, 20e6)
     assert made["seconds"] < 10
     assert check_checkpoint(tmp_path / "c") == (pipeline,)
 

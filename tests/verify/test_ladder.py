@@ -25,7 +25,7 @@ def test_the_baseline_imports_nothing_of_porter() -> None:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             imported.add((node.module or "").split(".")[0])
-    assert imported <= set(sys.stdlib_module_names) | {"torch", "diffusers", "transformers", "PIL"}
+    assert imported <= set(sys.stdlib_module_names) | {"torch", "diffusers", "transformers", "numpy", "PIL"}
 
 
 def test_guidance_branches_run_on_two_ranks(bench: Any, port_folder: Path) -> None:
