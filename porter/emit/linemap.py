@@ -19,6 +19,8 @@ from porter.model import Diagnostic, PorterError, Span
 from porter.source.marks import Mark, read, strip
 
 LINE_LENGTH = 120
+TEMPLATE_FILE = "porter_template.py"
+"""File of definitions that come from a template and not from Diffusers."""
 _BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
@@ -200,6 +202,8 @@ def _line_map(
     for (node, _), mark in zip(new, old):
         start, end = _header(node)
         origin = Origin(mark.file, mark.line, mark.rules) if mark else nothing
+        if mark and mark.file == TEMPLATE_FILE:  # a rule changed what a template printed
+            origin = Origin(None, 0, (*nothing.rules, *mark.rules))
         for line in range(start, end + 1):
             origins[line - 1] = origin
     # comments, blank lines and `else:` belong to what follows; at the end of the file to what is above
