@@ -14,7 +14,7 @@ from porter.facts.pipeline.liveness import live_before, uses, writes
 from porter.facts.pipeline.regions import Regions
 from porter.facts.pipeline.undouble import undouble
 from porter.model import Unknown
-from porter.source.tree import body, expression, find, same, statement, substitute
+from porter.source.tree import body, expression, find, same, statement, substitute, with_body
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,14 @@ def batched_guidance(regions: Regions, positive: Branch, helpers: Mapping[str, c
     first = _first_is_negative(guided, positive.result, [*regions.encode, *regions.predict])
     if first is None:
         return Unknown("which half of the batched prediction is the conditional one is not known")
+    guided = with_body(guided, _without_halving(body(guided), loop.halved - writes(prepare)))
     combined = _combined(guided, regions.guide[place + 1 :], positive.result, first)
     if isinstance(combined, Unknown):
         return combined
     used, after = combined
+    lost = writes(used.statements) & (live_before(after) | live_before(regions.step)) - {used.result}
+    if lost:
+        return Unknown(f"{', '.join(sorted(lost))}, computed where the predictions are combined, is read after that")
     if guided.orelse is not None:
         unguided = _unguided_process(guided.orelse, positive.result)
         if isinstance(unguided, Unknown):
@@ -213,6 +217,11 @@ def _first_is_negative(guided: cst.If, result: str, where: Sequence[cst.BaseStat
                 if marks.count(True) == 1 and all(uses(p) for p in parts[:2]):
                     return marks[0]
     return None
+
+
+def _without_halving(statements: Sequence[cst.BaseStatement], halved: frozenset[str]) -> list[cst.BaseStatement]:
+    """Statements less `x, _ = x.chunk(2)` of an input: a branch has one half from the start."""
+    return [s for s in statements if not any(_split(s, name) == (name, "_") for name in halved)]
 
 
 def _combined(

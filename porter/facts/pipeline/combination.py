@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 
-from porter.facts.pipeline.liveness import uses, writes
+from porter.facts.pipeline.liveness import live_before, uses
 from porter.source.tree import body, expression, normal, same
 
 
@@ -40,8 +40,7 @@ def combination(statements: Sequence[cst.BaseStatement], positive: str, negative
             break
         target = s.body[0].targets[0].target
         values.append((target.value if isinstance(target, cst.Name) else "", s.body[0].value))
-    bound = {positive, negative} | set(writes(statements))
-    reads = tuple(sorted({n for s in statements for n in uses(s)} - bound))
+    reads = tuple(sorted(live_before(statements) - {positive, negative}))
     plain = Combination(tuple(statements), positive, negative, result, reads)
     scale = textbook_scale(values[0][1], positive, negative) if values else None
     if scale is None:

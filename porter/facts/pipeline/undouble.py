@@ -8,30 +8,79 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.facts.pipeline.doubling import concatenated, halved
+from porter.facts.pipeline.liveness import uses, writes
 from porter.model import Unknown
-from porter.source.tree import body, same, substitute
+from porter.source.tree import body, find, same, substitute, with_body
 
 
 @dataclass(frozen=True, slots=True)
 class OneBranch:
-    """`statements` without the doubling. `parts`: variables whose other half is not the same, and that half."""
+    """`statements` without the doubling. `parts`: variables whose other half is not the same, and that half.
+
+    `halved`: variables that held both branches and now hold one.
+    """
 
     statements: tuple[cst.BaseStatement, ...]
     parts: Mapping[str, cst.BaseExpression]
+    halved: frozenset[str]
 
 
 def undouble(statements: Sequence[cst.BaseStatement], conditions: Sequence[cst.BaseExpression]) -> OneBranch | Unknown:
     """Take `x if guided else y` and `if guided: ... else: ...` apart; Unknown where the guided form is no doubling."""
-    out: list[cst.BaseStatement] = []
     parts: dict[str, cst.BaseExpression] = {}
+    out = _block(statements, conditions, parts)
+    if isinstance(out, Unknown):
+        return out
+    tests = [n.test for s in out for n in find(s, cst.If, cst.IfExp)]
+    if any(same(test, c) for test in tests for c in conditions):
+        return Unknown("the guided inputs are prepared in the midst of other statements")
+    return OneBranch(tuple(out), parts, _halved(statements, conditions, out))
+
+
+def _halved(
+    statements: Sequence[cst.BaseStatement], conditions: Sequence[cst.BaseExpression], out: Sequence[cst.BaseStatement]
+) -> frozenset[str]:
+    """Names bound under one of the conditions, and whatever is computed from them."""
+    found: set[str] = set()
     for each in statements:
-        if isinstance(each, cst.If) and any(same(each.test, c) for c in conditions):
+        guided = [n for n in find(each, cst.If) if any(same(n.test, c) for c in conditions)]
+        guided += [a for a in find(each, cst.Assign) if isinstance(a.value, cst.IfExp)
+                   and any(same(a.value.test, c) for c in conditions)]  # fmt: skip
+        found |= writes(guided)
+    for each in out:
+        if uses(each) & found:
+            found |= writes([each])
+    return frozenset(found)
+
+
+def _block(
+    statements: Sequence[cst.BaseStatement],
+    conditions: Sequence[cst.BaseExpression],
+    parts: dict[str, cst.BaseExpression],
+) -> list[cst.BaseStatement] | Unknown:
+    out: list[cst.BaseStatement] = []
+    for each in statements:
+        if not isinstance(each, cst.If):
+            problem = _statement(each, conditions, out, parts)
+        elif any(same(each.test, c) for c in conditions):
             problem = _if(each, out, parts)
         else:
-            problem = _statement(each, conditions, out, parts)
+            problem = _inside(each, conditions, out)
         if problem is not None:
             return problem
-    return OneBranch(tuple(out), parts)
+    return out
+
+
+def _inside(node: cst.If, conditions: Sequence[cst.BaseExpression], out: list[cst.BaseStatement]) -> Unknown | None:
+    """A statement under another condition, with its doubling taken apart; both branches must get the same from it."""
+    parts: dict[str, cst.BaseExpression] = {}
+    inner = _block(body(node), conditions, parts)
+    if isinstance(inner, Unknown):
+        return inner
+    if parts:
+        return Unknown(f"the halves of {', '.join(sorted(parts))} differ under a condition of their own")
+    out.append(with_body(node, inner) if inner else node)
+    return None
 
 
 def _statement(
