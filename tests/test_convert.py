@@ -170,6 +170,21 @@ def test_what_cannot_be_ported_is_refused(name, code):
     assert [d.code for d in error.value.diagnostics] == [code]
 
 
+def test_a_base_class_that_no_rule_knows_is_reported_and_stays():
+    """It may hold behaviour: nothing but the rule on mixins takes bases away."""
+    from tests.robustness.trial import Target, converted, installed, overlay
+
+    target = Target(DENOISER, "models/transformers/transformer_cogview4.py")
+    text = (installed().root / target.file).read_text(encoding="utf-8")
+    changed = text.replace(f"class {DENOISER}(ModelMixin, ", f"import abc\n\nclass {DENOISER}(ModelMixin, abc.ABC, ")
+    assert changed != text
+    with overlay(target.file, changed) as source:
+        done = converted(target, source)
+    assert [d.message for d in done.diagnostics if d.code == "PORT121"]
+    (header,) = [line for line in done.files[MODULE].splitlines() if line.startswith(f"class {DENOISER}(")]
+    assert "ABC" in header
+
+
 def test_the_rules_digest_changes_with_a_rule_and_not_with_other_files(tmp_path, monkeypatch):
     rules, templates = tmp_path / "rules", tmp_path / "templates"
     rules.mkdir(), templates.mkdir()

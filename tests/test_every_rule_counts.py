@@ -25,10 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 GENERATED = ROOT / "generated"
 LINES = 10
 TRIES = 4
-FOLDED = dict.fromkeys(
-    ("drop-gradient-checkpointing", "strip-diffusers-mixins"),
-    "in the ports tried, folding and the printed surface of the class do the same; their examples test these rules",
-)
 
 
 @cache
@@ -74,8 +70,6 @@ def with_all(name: str) -> tuple[dict[str, str] | str, dict[str, TransformerPort
 @pytest.mark.parametrize("rule", [r.id for r in load_rules(RULES).rules])
 def test_leaving_a_rule_out_changes_a_port(rule: str) -> None:
     """What a rule does may be done by folding as well, in one port or another; not in all."""
-    if rule in FOLDED:
-        pytest.skip(FOLDED[rule])
     names = used_by().get(rule, [])[:TRIES]
     assert names, f"no checked-in port needs {rule}: it may go"
     assert any(changes(name, rule) for name in names), f"{', '.join(names)} are the same without {rule}"

@@ -32,7 +32,6 @@ TENSOR_METHODS_WITH_NONE = frozenset({"get", "pop"})
 # Attributes that Diffusers' base classes define with a fixed value in serving.
 _INHERITED: dict[str, Value] = {
     "training": Const(False),
-    "gradient_checkpointing": Const(False),
     "fused_projections": Const(False),
     "_attention_backend": NONE,
     "_parallel_config": NONE,
@@ -109,10 +108,6 @@ def _identity(positive: bool, left: Value, right: Value) -> Value:
 
 def torch_call(name: str) -> Value:
     """Result of a torch, math or numpy call."""
-    if name in ("torch.is_grad_enabled", "torch.jit.is_tracing", "torch.compiler.is_compiling"):
-        return Const(False) if name == "torch.is_grad_enabled" else GIVEN
-    if name == "torch.backends.mps.is_available":
-        return GIVEN
     return Opaque(name) if name.startswith("torch.nn.") and name.rsplit(".", 1)[1][:1].isupper() else GIVEN
 
 

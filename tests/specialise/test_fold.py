@@ -64,6 +64,12 @@ def test_a_test_that_is_not_understood_keeps_both_branches(specialise):
     assert "x = 1" in text and "x = 2" in text
 
 
+def test_the_guards_of_gradient_checkpointing_are_left_to_their_rule(specialise):
+    """One mechanism decides them: the rule, which reports what it does not understand."""
+    guard = "if torch.is_grad_enabled() and self.gradient_checkpointing:\n    hidden_states = hidden_states * 2"
+    assert "* 2" in specialise(root("pass", guard))["FooTransformer2DModel"]
+
+
 def test_a_test_on_none_that_the_source_asks_for_is_not_folded_by_an_annotation(specialise):
     forward = "if mask is None:\n    mask = 1\nhidden_states = hidden_states * mask"
     found = specialise(root("pass", forward, arguments=", mask: torch.Tensor"))

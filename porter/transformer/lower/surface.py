@@ -12,7 +12,6 @@ from porter.source.names import absolute
 CONFIG = absolute("vllm_omni.diffusion.data.OmniDiffusionConfig")
 QUANT = absolute("vllm.model_executor.layers.quantization.base_config.QuantizationConfig")
 NAMESPACE = absolute("types.SimpleNamespace")
-MODULE = absolute("torch.nn.Module")
 
 
 def block_lists(unit: Unit, modules: dict[str, ClassModules]) -> dict[str, list[str]]:
@@ -30,9 +29,7 @@ def root_surface(unit: Unit, modules: dict[str, ClassModules], fixed: set[str]) 
     """The root class as the engine builds it: keyword parameters, `od_config` first, `self.config` kept."""
     root = unit.get(unit.root)
     assert root is not None and isinstance(root.node, cst.ClassDef)
-    node = root.node.with_changes(
-        bases=[cst.Arg(cst.Name(MODULE))], decorators=[], lpar=cst.LeftParen(), rpar=cst.RightParen()
-    )
+    node = root.node.with_changes(decorators=[])
     init = tree.method(node, "__init__")
     forward = tree.method(node, "forward")
     assert init is not None and forward is not None
