@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections import Counter
@@ -327,6 +326,8 @@ def unified(out: Path, name: str, new: str) -> list[str]:
     """A unified diff of the file in `out` against new text."""
     path = out / name
     old = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    import difflib
+
     lines = difflib.unified_diff(
         old, new.splitlines(keepends=True), f"{out}/{name}" if old else "/dev/null", f"{out}/{name}"
     )

@@ -9,8 +9,9 @@ import gc
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from porter import resources
 from porter.check.static import check_files
@@ -30,8 +31,7 @@ from porter.transformer.policy import Policy, load_policy
 from porter.transformer.port import TransformerPort, port_transformer
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(Struct, frozen=True):
     """Everything a run wrote: files by path relative to the output folder, findings, and one row per port."""
 
     files: Mapping[str, str]
@@ -41,8 +41,7 @@ class Conversion:
     summary: tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Folders:
+class Folders(Struct, frozen=True):
     """Folders of ports that one process printed. `found` are findings by position of the target they are about,
     `checked` those about printed files."""
 

@@ -12,9 +12,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 PROVENANCE = "# Ported by"
 """Start of the header line that names the rule set; it changes with every rule, the code below it is what was run."""
@@ -28,8 +29,7 @@ Read = Callable[[str], str]
 _RELATIVE = re.compile(r"^from \.(\w+) import ", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """What one run found about a class: feature states, seconds of work per feature, digest of the cases it ran."""
 
     features: Mapping[str, Mapping[str, Any]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
 
 from porter.evidence import cited
 
@@ -19,8 +20,7 @@ ENGINE = "vllm-omni 0.30.0"
 UNTESTED = "not tested"
 
 
-@dataclass(frozen=True, slots=True)
-class PortEntry:
+class PortEntry(Struct, frozen=True):
     """One port. `module`, `cls` and the process functions are None while only the denoiser is ported."""
 
     source: str
@@ -114,13 +114,12 @@ def _proven(entry: PortEntry, files: Mapping[str, str], proven: Mapping[str, Any
 
 
 def _with_features(entry: PortEntry, features: Mapping[str, Mapping[str, Any]]) -> PortEntry:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     return replace(entry, features=dict(sorted(features.items())))
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """The whole catalogue."""
 
     diffusers: str

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
     import libcst as cst
@@ -12,8 +14,7 @@ if TYPE_CHECKING:
 Status = Literal["applied", "inferred", "diagnosed", "waived"]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
+class Span(Struct, frozen=True, order=True):
     """A place in a source file. `file` is relative to the source root; lines and columns count from 1."""
 
     file: str
@@ -25,8 +26,7 @@ class Span:
         return f"{self.file}:{self.line}"
 
 
-@dataclass(frozen=True, slots=True)
-class Unknown:
+class Unknown(Struct, frozen=True):
     """A fact that could not be established, and why. Whoever needs the fact reports; nobody guesses."""
 
     reason: str
@@ -35,8 +35,7 @@ class Unknown:
         return False
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnostic:
+class Diagnostic(Struct, frozen=True):
     """One finding about the input, a rule file or a port; `code` is a row of `porter.diagnostics.catalogue`."""
 
     code: str
@@ -59,8 +58,7 @@ class PorterError(Exception):
         return PorterError, self.diagnostics
 
 
-@dataclass(frozen=True, slots=True)
-class SiteStatus:
+class SiteStatus(Struct, frozen=True):
     """How one site that a rule must handle ended."""
 
     rule: str
@@ -69,8 +67,7 @@ class SiteStatus:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Definition:
+class Definition(Struct, frozen=True):
     """A top-level class, function or assignment on its way into a port.
 
     `node` is an absolute tree: each reference to a global is one Name whose value is the qualified name
@@ -86,8 +83,7 @@ class Definition:
         return replace(self, node=node)
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
+class Unit(Struct, frozen=True):
     """One file of a port under construction: its definitions in order of emission."""
 
     definitions: tuple[Definition, ...]

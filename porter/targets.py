@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from porter.model import Diagnostic, PorterError
 from porter.source.absolutise import Resolver
@@ -15,8 +16,7 @@ MODEL = "diffusers.models.modeling_utils.ModelMixin"
 DENOISERS = "diffusers.models.transformers."
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(Struct, frozen=True):
     """`denoisers` maps component names to qualified denoiser classes."""
 
     name: str

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
 
 Effort = Literal["none", "low", "medium", "high"]
 EFFORTS: tuple[Effort, ...] = ("none", "low", "medium", "high")
@@ -26,8 +27,7 @@ FAMILIES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One code. `effort` is what a person must put in before the port can be used: none, minutes, hours, a redesign."""
 
     code: str

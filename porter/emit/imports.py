@@ -6,7 +6,8 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from porter.source.names import DOT, ESCAPED_DOT
 
@@ -24,8 +25,7 @@ _BY_NAME = frozenset(
 """Standard modules from which names are imported one by one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resolved:
+class Resolved(Struct, frozen=True):
     """A file body with ordinary names, and the import lines it needs."""
 
     body: str

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from porter.model import Diagnostic, PorterError, Span
 from porter.source.marks import Mark, read, strip
@@ -24,8 +25,7 @@ TEMPLATE_FILE = "porter_template.py"
 _BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(Struct, frozen=True):
     """Where a generated line came from. `file` is None for a line that only a template wrote."""
 
     file: str | None
@@ -37,8 +37,7 @@ class Origin:
         return " ".join(p for p in (place, ", ".join(self.rules)) if p)
 
 
-@dataclass(frozen=True, slots=True)
-class LineMap:
+class LineMap(Struct, frozen=True):
     """Origin of every line of one generated file; `origins[0]` is line 1."""
 
     origins: tuple[Origin, ...]
@@ -69,8 +68,7 @@ class LineMap:
         return cls(tuple(origins))
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(Struct, frozen=True):
     """A generated file as it is written, its line map, and Python's tree of it."""
 
     text: str

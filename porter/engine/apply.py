@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import libcst as cst
+from msgspec.structs import replace
 
 from porter.engine.edits import Add, AddDefinition, Insert, Planned, Remove, RemoveDefinition, Replace
 from porter.engine.index import Index, IndexCache

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.engine.text import Template, rewrite
 from porter.model import Definition
@@ -18,8 +18,7 @@ from porter.model import Definition
 Rebuild = Callable[[cst.CSTNode], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
+class Code(Struct, frozen=True):
     """New code: a template with its bindings, or nodes. Snapshot nodes inside come with the edits made to them."""
 
     template: Template | None = None
@@ -67,23 +66,20 @@ class Code:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Replace:
+class Replace(Struct, frozen=True):
     """Neighbouring nodes give way to new code."""
 
     nodes: tuple[cst.CSTNode, ...]
     code: Code
 
 
-@dataclass(frozen=True, slots=True)
-class Remove:
+class Remove(Struct, frozen=True):
     """Statements, arguments, elements, parameters or decorators go."""
 
     nodes: tuple[cst.CSTNode, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Insert:
+class Insert(Struct, frozen=True):
     """Statements before or after a statement. `key` makes it idempotent: two inserts of one key must agree."""
 
     anchor: cst.BaseStatement
@@ -92,8 +88,7 @@ class Insert:
     key: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+class Add(Struct, frozen=True):
     """One item more in a list of the tree: `field` of `parent` (args, bases, params, kwonly_params, decorators)."""
 
     parent: cst.CSTNode
@@ -103,16 +98,14 @@ class Add:
     key: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class AddDefinition:
+class AddDefinition(Struct, frozen=True):
     """A new top-level definition, before the named one or at the end."""
 
     definition: Definition
     before: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveDefinition:
+class RemoveDefinition(Struct, frozen=True):
     """A top-level definition goes."""
 
     name: str
@@ -121,15 +114,14 @@ class RemoveDefinition:
 Edit = Replace | Remove | Insert | Add | AddDefinition | RemoveDefinition
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(Struct, frozen=True):
     """An edit with its origin: the rule, a number of the site within the plan, and the definition it belongs to."""
 
     edit: Edit
     rule: str
     site: int
     definition: str
-    origin: cst.BaseStatement | None = field(default=None, compare=False)
+    origin: cst.BaseStatement | None = None
 
 
 def replaced(node: cst.CSTNode | Sequence[cst.CSTNode], *new: cst.CSTNode) -> Replace:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import msgspec
+from msgspec import Struct
 
 from porter.engine import registry
 from porter.engine.lint import lint
@@ -23,8 +23,7 @@ _EXAMPLES = re.compile(r"^examples:", re.MULTILINE)
 _WHERE = re.compile(r" - at `(\$.*)`$")
 
 
-@dataclass(frozen=True)
-class RuleSet:
+class RuleSet(Struct, frozen=True, dict=True):
     """Rules that passed every check."""
 
     rules: tuple[Rule, ...]

@@ -7,11 +7,11 @@ out of a definition's header (annotations, decorators, bases) it doesn't ask abo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import libcst as cst
+from msgspec import Struct, field
 
 from porter.engine.text import FIELD, MANY, ONE, check, decode, encode, resolve, stored_names
 from porter.source.names import DOT
@@ -30,8 +30,7 @@ _LAYOUT = (
 _UNASKED = frozenset({"annotation", "returns", "decorators", "type_parameters", "bases", "keywords"})
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(Struct, frozen=True, dict=True):
     """A code pattern; parsed when first used."""
 
     text: str

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.engine.edits import Add, AddDefinition, Code, Edit, Insert, Planned, Remove, RemoveDefinition, Replace
 from porter.engine.finding import sites
@@ -21,8 +22,7 @@ from porter.model import Definition, Diagnostic, SiteStatus, Span, Unit
 from porter.source.tree import normal
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """What a stratum would do. `edits` are free of conflicts."""
 
     edits: tuple[Planned, ...]

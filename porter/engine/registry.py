@@ -6,9 +6,10 @@ Facts modules register themselves when `porter.facts.load()` imports them, ops w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
+
+from msgspec import Struct, field
 
 if TYPE_CHECKING:
     import libcst as cst
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
 _NONE: Mapping[str, object] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class FactSite:
+class FactSite(Struct, frozen=True):
     """One place an analysis found: a node of the unit (the very object), the definition it is in, and what is known.
 
     A field is a node of the unit, text of an expression, a number, a boolean, None, or `Unknown`.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
+
+from msgspec import Struct, field
 
 from porter.engine.patterns import Pattern
 from porter.engine.schema import Keep, RuleSpec
@@ -15,15 +16,14 @@ from porter.source.names import DOT, absolute
 Lists = Callable[[str], tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True, dict=True):
     """One rule. `document` knows the lines of its file; `lists` reads `symbols/<name>.yaml` for `@name`."""
 
     spec: RuleSpec
     document: Document
     lists: Lists
-    _templates: dict[str, Template] = field(default_factory=dict, repr=False, compare=False)
-    _patterns: dict[tuple[str, bool], Pattern] = field(default_factory=dict, repr=False, compare=False)
+    _templates: dict[str, Template] = field(default_factory=dict)
+    _patterns: dict[tuple[str, bool], Pattern] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

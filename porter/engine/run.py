@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.engine.apply import apply
 from porter.engine.edits import Planned
@@ -13,8 +14,7 @@ from porter.engine.schema import PHASES, Phase, Scope
 from porter.model import Diagnostic, SiteStatus, Unit
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """The unit after the rules, what they found, how every site ended, and what they edited."""
 
     unit: Unit

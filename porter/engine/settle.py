@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import libcst as cst
-from msgspec import UNSET
+from msgspec import UNSET, Struct
 
 from porter.engine.edits import Add, Edit, Insert, Replace
 from porter.engine.finding import match_run
@@ -22,8 +21,7 @@ from porter.engine.text import CodeError, interpolate, readable
 from porter.model import Diagnostic, SiteStatus, Status, Unit, Unknown
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(Struct, frozen=True):
     """How one site ended: its edits, its findings and its status."""
 
     site: Site

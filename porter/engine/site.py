@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 
 import libcst as cst
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from porter.engine.index import Index
 from porter.engine.text import CodeError
@@ -15,8 +16,7 @@ IMPLICIT = frozenset({"site", "class", "function", "statement"})
 """Bindings every site has: the matched node and the class, function and statement around it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Site:
+class Site(Struct, frozen=True):
     """One place found by `on`.
 
     `trigger` is the node `on` found; `nodes` is the region the case's `match` covers (the trigger, if there is none).

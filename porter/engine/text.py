@@ -9,11 +9,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import libcst as cst
+from msgspec import Struct, field
 
 from porter.model import Unknown
 from porter.source.absolutise import MODULES
@@ -197,8 +197,7 @@ def stored_names(text: str) -> set[str]:
     return names | {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Struct, frozen=True, dict=True):
     """Code of an edit, parsed when it is first used."""
 
     text: str

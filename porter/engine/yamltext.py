@@ -7,10 +7,10 @@ are unique, anchors and aliases are refused, and only `true` and `false` are boo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from msgspec import Struct
 
 from porter.model import Diagnostic, PorterError, Span
 
@@ -29,8 +29,7 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(Struct, frozen=True):
     """One YAML document: its data, and where each part of it stands."""
 
     file: str

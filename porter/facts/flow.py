@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.facts.geometry import HEAD_COUNTS, KV_HEAD_COUNTS
 from porter.source import tree
@@ -19,8 +19,7 @@ _ELEMENTWISE_METHODS = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Flow:
+class Flow(Struct, frozen=True):
     """What is known of one tensor: the linears and attention sites it comes from.
 
     `split` says that heads are an axis of their own, `heads_first` that this axis stands before the sequence; `parts` are
@@ -50,8 +49,7 @@ NOTHING = Flow(split=True)
 Shape = Flow | tuple["Shape", ...]
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionSite:
+class AttentionSite(Struct, frozen=True):
     """One attention call: query, key and value flows, where it stands, and its layout (`bshd` or `bhsd`)."""
 
     owner: str

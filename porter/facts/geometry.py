@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import libcst as cst
+from msgspec import Struct
 
 from porter.model import Unknown
 from porter.source import tree
@@ -16,8 +15,7 @@ WIDTHS = ("inner_dim",)
 """Names that model code uses for these quantities, as constructor parameters or attributes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(Struct, frozen=True):
     """`heads` and `head_size` are source text over `self` and the constructor's parameters; `local` the attributes read
     outside the constructor that count heads or their width, to be counted per rank."""
 

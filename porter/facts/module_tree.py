@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import libcst as cst
+from msgspec import Struct, field
 
 from porter.model import Definition, Unit
 from porter.source import tree
@@ -14,8 +14,7 @@ from porter.source.names import qualified
 LINEAR = "torch.nn.Linear"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ModuleSite:
+class ModuleSite(Struct, frozen=True, eq=False):
     """One constructor call whose result is held by an attribute.
 
     `path` is the attribute, with an index for an element of a list (`to_out.0`, `net.2`); `cls` is the qualified name of
@@ -39,8 +38,7 @@ class ModuleSite:
         return self.path.split(".")[0]
 
 
-@dataclass(frozen=True, slots=True)
-class ClassModules:
+class ClassModules(Struct, frozen=True):
     """Module sites of one class by path. A path may have several sites when the constructor chooses between them."""
 
     definition: Definition

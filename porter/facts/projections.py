@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.geometry import Geometry
 from porter.facts.module_tree import ClassModules, ModuleSite
@@ -15,8 +14,7 @@ from porter.source import tree
 LINEAR_PARAMETERS = ["in_features", "out_features", "bias", "device", "dtype"]
 
 
-@dataclass(frozen=True, slots=True)
-class Merge:
+class Merge(Struct, frozen=True):
     """Projections replaced by one: `name` in the port, `sources` in Diffusers, with the shard id of each."""
 
     owner: str
@@ -24,8 +22,7 @@ class Merge:
     sources: tuple[tuple[str, str | int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectionGroup:
+class ProjectionGroup(Struct, frozen=True):
     """Query, key and value (or key and value) projections of one tensor, computed side by side."""
 
     merge: Merge

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import libcst as cst
+from msgspec import Struct, field
 
 from porter.facts.flow import WHOLE, AttentionSite, Flow, Linear
 from porter.facts.follow import Analysis, Follower, declared_blocks, escape, flag_test
@@ -21,8 +21,7 @@ from porter.facts.module_tree import ClassModules
 from porter.source import tree
 
 
-@dataclass(frozen=True, slots=True)
-class Roles:
+class Roles(Struct, frozen=True):
     """Inferred roles. `across` holds norms (class, path) applied to all heads at once; `packed` the flows that a
     row-parallel linear reads side by side. `chunks` says how many outputs a linear computes side by side (several numbers
     when the forward has a choice), `blocks` what the model itself says about them, as text; `optional` holds statements

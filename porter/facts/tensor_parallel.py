@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.flow import AttentionSite, Linear
 from porter.facts.geometry import Geometry, head_geometry
@@ -16,8 +16,7 @@ from porter.facts.sharding import Roles, infer_roles
 from porter.model import Unit, Unknown
 
 
-@dataclass(frozen=True, slots=True)
-class TensorParallel:
+class TensorParallel(Struct, frozen=True):
     """Module trees, inferred roles, head geometry and projections to merge, of all classes of a unit. `gathered` holds
     the modulation linears of blocks."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import cast
 
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.engine import RuleSet
 from porter.facts.pipeline import (
@@ -46,8 +47,7 @@ from porter.source.tree import body, find, parameters, self_attribute, strip_doc
 NO_LOOP, NO_TAIL, NO_COMPONENTS = "PORT501", "PORT501", "PORT504"
 
 
-@dataclass(frozen=True)
-class Analysis:
+class Analysis(Struct, frozen=True, dict=True):
     """Facts and cleaned code of one pipeline."""
 
     members: Members

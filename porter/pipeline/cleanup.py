@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.engine import RuleSet, load_rules, run_rules
 from porter.facts.pipeline import Members
@@ -16,8 +16,7 @@ from porter.source.tree import find, replace_nodes, same, self_attribute, transf
 SCOPES = ("pipeline", "any")
 
 
-@dataclass(frozen=True, slots=True)
-class Cleaned:
+class Cleaned(Struct, frozen=True):
     """Definitions after the rules, and how each site ended."""
 
     definitions: tuple[Definition, ...]

@@ -7,11 +7,12 @@ Knowledge comes from rules (a parameter the engine does not offer, a back end it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from operator import ge, gt, le, lt
 from typing import TypeVar
 
 import libcst as cst
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from porter.source.names import qualified
 from porter.source.tree import body, expression, find, transform, with_body
@@ -26,8 +27,7 @@ ABSENT = object()
 """An attribute that nothing ever sets: only `getattr` with a default and `hasattr` know an answer."""
 
 
-@dataclass(frozen=True)
-class Knowledge:
+class Knowledge(Struct, frozen=True, dict=True):
     """What is known: values of locals and of attributes of `self`; `bases` are classes `self` may be an instance of."""
 
     local: Mapping[str, object] = field(default_factory=dict)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeVar
 
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.facts.pipeline.liveness import live_before
 from porter.facts.pipeline.members import Members, is_property, self_reads
@@ -24,8 +25,7 @@ Done = dict[tuple, cst.FunctionDef]
 """Methods that are folded already, by name and pinned parameters."""
 
 
-@dataclass(frozen=True, slots=True)
-class Helper:
+class Helper(Struct, frozen=True):
     """One method that is carried over; `pinned` are parameters no caller sets any more."""
 
     name: str

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.call_state import CallState
 from porter.facts.pipeline.liveness import uses, writes
@@ -17,8 +17,7 @@ from porter.source.tree import find, same, self_attribute, transform
 Node = TypeVar("Node", bound=cst.CSTNode)
 
 
-@dataclass(frozen=True, slots=True)
-class Localised:
+class Localised(Struct, frozen=True):
     """The statements, and the attributes that had to stay on the object (a helper method reads them)."""
 
     statements: tuple[cst.BaseStatement, ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
+
+from msgspec import Struct, field
 
 from porter.model import Diagnostic, SiteStatus, Unit
 
@@ -12,8 +13,7 @@ Place = Literal["outputs", "sampling", "prompt", "media", "extra", "refused"]
 Status = Literal["generated", "limited", "unsupported"]
 
 
-@dataclass(frozen=True, slots=True)
-class Denoiser:
+class Denoiser(Struct, frozen=True):
     """The ported class behind one component: `from .<module> import <cls>` gives it."""
 
     component: str
@@ -22,8 +22,7 @@ class Denoiser:
     cls: str
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
+class Parameter(Struct, frozen=True):
     """Where one `__call__` parameter is found in a request.
 
     `key` is the field or dictionary key; `filler` the value that the engine itself puts there when the caller gave none.
@@ -37,16 +36,14 @@ class Parameter:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Feature:
+class Feature(Struct, frozen=True):
     """What the generated pipeline offers, before anybody has run it."""
 
     status: Status
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class PipelinePort:
+class PipelinePort(Struct, frozen=True):
     """A generated pipeline file: an absolute, line-marked unit and what port.json and manifest.json say about it."""
 
     source: str

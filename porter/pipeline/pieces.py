@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline import Guidance
 from porter.facts.pipeline.feasible import carried_unbound
@@ -20,8 +20,7 @@ from porter.source.marks import inherit
 from porter.source.tree import code, find, statement
 
 
-@dataclass(frozen=True)
-class Pieces:
+class Pieces(Struct, frozen=True, dict=True):
     """Code and data flow between the generated methods. Names are in a stable, readable order."""
 
     encode: tuple[cst.BaseStatement, ...]

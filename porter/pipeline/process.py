@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline import PostProcess, Value
 from porter.facts.pipeline.liveness import uses
@@ -20,8 +20,7 @@ from porter.source.tree import code, find, same, self_attribute
 NO_PROCESSOR = "PORT504"
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(Struct, frozen=True):
     """How the engine gets what the pipeline returns.
 
     `function` is the factory of the post-process function; None if the engine needs none. `video`: the decoded tensor

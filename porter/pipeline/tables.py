@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import yaml
+from msgspec import Struct
 
 from porter.resources import RULES
 
 
-@dataclass(frozen=True)
-class Tables:
+class Tables(Struct, frozen=True, dict=True):
     """Parsed tables. `sampling` maps a field to the value it has when the caller gave none."""
 
     sampling: Mapping[str, object]

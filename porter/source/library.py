@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from msgspec import Struct
+
 from porter.model import Definition, Diagnostic, PorterError, Span, Unknown
 from porter.source import outline
 from porter.source.absolutise import Resolver, absolutise
@@ -24,8 +26,7 @@ PACKAGE = "diffusers"
 _VERSION = re.compile(r"""^__version__ *= *(["'])(?P<version>[^"']+)\1""", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class TopLevel:
+class TopLevel(Struct, frozen=True):
     """One top-level class, function or assignment of a file; lines count from 1, decorators and comments included."""
 
     name: str

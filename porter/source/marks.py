@@ -7,16 +7,15 @@ the marks out again and turns them into the line map of `port.json`; no mark rea
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 SIGN = "\u00a7"
 _MARK = re.compile(rf"[ \t]*#{SIGN}(?P<file>[^:{SIGN}\n]*):(?P<line>\d+);(?P<rules>[^{SIGN}\n]*){SIGN}")
 
 
-@dataclass(frozen=True, slots=True)
-class Mark:
+class Mark(Struct, frozen=True):
     """Origin of one statement."""
 
     file: str

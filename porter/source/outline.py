@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 _DEFINES = re.compile(r"(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*(?::[^=]+)?=(?!=)")
 _HEADER_LINES = 40
 _BLOCK = re.compile(r"(?:if|else|elif|try|except|finally|for|with)\b")
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """Lines `first`..`last` (from 1): one top-level statement with its decorators and the comments above it."""
 
     first: int

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import libcst as cst
+from msgspec.structs import replace
 
 from porter.model import Definition, Diagnostic, PorterError, Unknown
 from porter.source import tree

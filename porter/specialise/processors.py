@@ -7,9 +7,8 @@ the parameter that received the container renamed to `self`. Module functions th
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import libcst as cst
+from msgspec.structs import replace
 
 from porter.model import Definition, Diagnostic, PorterError
 from porter.source import tree

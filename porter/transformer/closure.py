@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.model import Definition, Diagnostic, Unknown
 from porter.source import tree
@@ -15,8 +15,7 @@ from porter.specialise.model import Prepare
 from porter.transformer.policy import Policy
 
 
-@dataclass(frozen=True, slots=True)
-class Closure:
+class Closure(Struct, frozen=True):
     """Helper definitions in source order, the qualified names the port defines itself, and one decision per symbol."""
 
     helpers: tuple[Definition, ...]

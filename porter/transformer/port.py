@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.emit.templates import render
 from porter.engine import RuleSet, run_rules
@@ -31,8 +31,7 @@ from porter.transformer.policy import Policy
 TEMPLATE_MODULE = "porter_template"
 
 
-@dataclass(frozen=True, slots=True)
-class TransformerPort:
+class TransformerPort(Struct, frozen=True):
     """A converted denoiser: definitions in order of emission and what the manifest and the pipeline need to know."""
 
     source: str

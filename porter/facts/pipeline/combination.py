@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.liveness import live_before, uses
 from porter.source.tree import body, expression, normal, same
 
 
-@dataclass(frozen=True, slots=True)
-class Combination:
+class Combination(Struct, frozen=True):
     """Statements that bind `result` from `positive`, `negative` (the predictions) and from `reads`.
 
     `scale` and `normalize` are set when it is the textbook formula, which the engine has built in.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.members import Members
 from porter.model import Span, Unknown
@@ -30,8 +30,7 @@ _NAMED: tuple[tuple[str, Role], ...] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Component:
+class Component(Struct, frozen=True):
     """One constructor parameter. `classes` are the qualified names of its annotation, in source order."""
 
     name: str

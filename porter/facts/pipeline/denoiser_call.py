@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.liveness import uses
 from porter.model import Unknown
 from porter.source.tree import arguments, find, replace_nodes, substitute
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
+class Branch(Struct, frozen=True):
     """One denoiser call: `result = callee(**arguments)[0]`, and `process`, statements that rewrite `result` alone."""
 
     callee: cst.BaseExpression

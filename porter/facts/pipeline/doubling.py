@@ -7,10 +7,11 @@ concatenations are followed forward, under the assumption that guidance is on, t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Literal
 
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.facts.pipeline.liveness import names_of, uses
 from porter.model import Unknown
@@ -22,8 +23,7 @@ RESHAPES = frozenset({"view", "reshape", "flatten", "squeeze"})
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 
 
-@dataclass(frozen=True, slots=True)
-class Doubled:
+class Doubled(Struct, frozen=True):
     """Two equally long halves along axis `dim`, one per branch; `equal` if they are the same.
 
     A list or dict holds such tensors (a dict may hold None as well).

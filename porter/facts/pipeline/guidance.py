@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import libcst as cst
+from msgspec import Struct, field
 
 from porter.facts.pipeline.batched import batched_guidance, halves_first, is_batched
 from porter.facts.pipeline.combination import Combination, combination, result_of
@@ -18,8 +18,7 @@ from porter.source.tree import body, find, normal, same, self_attribute
 ALWAYS = cst.Name("True")
 
 
-@dataclass(frozen=True, slots=True)
-class Guidance:
+class Guidance(Struct, frozen=True):
     """One conditional call, and perhaps a second one with its condition and its combination.
 
     `before` runs ahead of both calls, `before_negative` only when the condition holds; arguments named in `again` are

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.model import Definition, Unknown
 from porter.source.library import Library
@@ -19,8 +19,7 @@ FRAMEWORK = frozenset(
 """Bases whose members belong to Diffusers' own runtime (loading, devices, progress bars): never part of a port."""
 
 
-@dataclass(frozen=True)
-class Members:
+class Members(Struct, frozen=True, dict=True):
     """A pipeline class and its bases, nearest first."""
 
     classes: tuple[Definition, ...]

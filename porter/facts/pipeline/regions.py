@@ -7,17 +7,16 @@ inside it the first denoiser call begins the prediction, and the statement that 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.liveness import names_of
 from porter.model import Unknown
 from porter.source.tree import body, children, find, self_attribute
 
 
-@dataclass(frozen=True, slots=True)
-class Loop:
+class Loop(Struct, frozen=True):
     """The denoising loop: `for index, timestep in enumerate(iterable)`; `index` is None if it is not counted."""
 
     node: cst.For
@@ -26,8 +25,7 @@ class Loop:
     iterable: cst.BaseExpression
 
 
-@dataclass(frozen=True, slots=True)
-class Regions:
+class Regions(Struct, frozen=True):
     """Statements of each region in order. `predict` ends before the first statement after the first denoiser call."""
 
     encode: tuple[cst.BaseStatement, ...]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.components import Component
 from porter.model import Unknown
@@ -16,8 +16,7 @@ KEYS = ("output_sampling_rate", "sampling_rate", "sample_rate")
 """Names of the constructor parameter, that of the last stage of sound first."""
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRate:
+class SampleRate(Struct, frozen=True):
     """`<component>/config.json` has it under `key`."""
 
     component: str

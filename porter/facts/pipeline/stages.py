@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.members import self_reads
 from porter.facts.pipeline.regions import denoiser_calls, is_progress, model_aliases, unwrap_progress
@@ -13,8 +13,7 @@ from porter.model import Unknown
 from porter.source.tree import body, children, with_body
 
 
-@dataclass(frozen=True, slots=True)
-class Stages:
+class Stages(Struct, frozen=True):
     """Statements of each stage, and why they are not cut further."""
 
     encode: tuple[cst.BaseStatement, ...]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.first_picture import first_pictures
 from porter.facts.pipeline.liveness import uses
@@ -23,8 +23,7 @@ _NOTES = frozenset({"revised_prompts"})
 """Fields that tell about the call and are no media: the engine's output has no place for them."""
 
 
-@dataclass(frozen=True, slots=True)
-class PostProcess:
+class PostProcess(Struct, frozen=True):
     """`self.<processor>.<method>(value, output_type=output_type, **options)`.
 
     `processor` is None for `if output_type == "np": x = x.cpu().float().numpy()`.
@@ -35,8 +34,7 @@ class PostProcess:
     options: tuple[tuple[str, cst.BaseExpression], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(Struct, frozen=True):
     """One value of the output object: the field that holds it, the expression, and its post-processing."""
 
     field: str
@@ -44,8 +42,7 @@ class Value:
     post_process: PostProcess | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Tail:
+class Tail(Struct, frozen=True):
     """`statements` compute `values` without post-processing; `output` is the class Diffusers returns."""
 
     statements: tuple[cst.BaseStatement, ...]

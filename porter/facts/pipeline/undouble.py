@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.pipeline.doubling import concatenated, halved
 from porter.facts.pipeline.liveness import uses, writes
@@ -13,8 +13,7 @@ from porter.model import Unknown
 from porter.source.tree import body, find, same, substitute, with_body
 
 
-@dataclass(frozen=True, slots=True)
-class OneBranch:
+class OneBranch(Struct, frozen=True):
     """`statements` without the doubling. `parts`: variables whose other half is not the same, and that half.
 
     `halved`: variables that held both branches and now hold one.

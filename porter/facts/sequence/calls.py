@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.facts.sequence import shapes
 from porter.facts.sequence.tables import PER_TOKEN, Entry
@@ -35,8 +36,7 @@ TEXT = "encoder_hidden_states"
 """The one optional input that is always given: a denoiser is conditioned on it."""
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionUse:
+class AttentionUse(Struct, frozen=True):
     """What one attention call was given: the streams of query and key (None: every rank has it in full), and its mask.
 
     `origin` is the attribute of the root through which the layer was reached.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.facts.module_tree import module_tree
 from porter.facts.sequence.calls import AttentionUse, Env, Findings
@@ -37,8 +37,7 @@ from porter.source import tree
 from porter.source.library import Library
 
 
-@dataclass(frozen=True, slots=True)
-class Gather:
+class Gather(Struct, frozen=True):
     """After which statement the result is whole again: the call of a module of the root (`module`), or the end of the last
     loop (None); `variable` holds it and `stream` are its tokens. `also` are further variables, at the same place."""
 
@@ -49,8 +48,7 @@ class Gather:
     also: tuple[Gather, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Stream:
+class Stream(Struct, frozen=True):
     """A variable that holds tokens where the region starts, along `axis` of `rank`; `tokens` names the stream whose tokens they
     are (a mask has those of its text, say)."""
 
@@ -60,8 +58,7 @@ class Stream:
     tokens: str
 
 
-@dataclass(frozen=True, slots=True)
-class SequencePlan:
+class SequencePlan(Struct, frozen=True):
     """How one denoiser is divided.
 
     `start` is the loop before which the tokens are divided; `streams` the variables that hold tokens there; `tables` what

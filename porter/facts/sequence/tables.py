@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from porter.facts.sequence.values import NotShardable, Value, Whole, per_token
 
@@ -11,8 +12,7 @@ PER_TOKEN = re.compile(r"rotary|rope|freqs|(^|_)(cos|sin|ids)($|_)|pos(ition)?_?
 """Words of variables and modules that hold one entry per token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """A variable (or element `path` of one) with one entry per token, along `axis` counted from the last one.
 
     `rank` is set where the tensor counts tokens only in one of several ranks; `parts` are the streams whose tokens it counts.

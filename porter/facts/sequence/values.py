@@ -7,8 +7,9 @@ one entry per token itself (a rotary table) or is the same for all (a modulation
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+from msgspec import Struct
 
 
 class NotShardable(Exception):
@@ -20,8 +21,7 @@ class NotShardable(Exception):
         return f"{super().__str__()} (`{self.where}`)" if self.where else super().__str__()
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(Struct, frozen=True):
     """A tensor of `rank` axes, of which `axis` counts tokens of the streams `parts`, one after the other."""
 
     rank: int
@@ -29,30 +29,26 @@ class Tokens:
     parts: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Length:
+class Length(Struct, frozen=True):
     """A number of tokens on this rank."""
 
     parts: tuple[str, ...]
     negative: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Const:
+class Const(Struct, frozen=True):
     """A Python constant that is known."""
 
     value: object
 
 
-@dataclass(frozen=True, slots=True)
-class Many:
+class Many(Struct, frozen=True):
     """A tuple or list whose elements are known."""
 
     items: tuple[Value, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Instance:
+class Instance(Struct, frozen=True):
     """A module: the classes it may be an instance of, by qualified name or name in the unit. `origin` is the attribute of the
     root that holds it, directly or through other modules."""
 
@@ -60,24 +56,21 @@ class Instance:
     origin: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Modules:
+class Modules(Struct, frozen=True):
     """A list of modules. `chain` holds the elements of a list whose elements differ, in order."""
 
     element: Instance
     chain: tuple[Instance, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Partial:
+class Partial(Struct, frozen=True):
     """A function, bound method or class that is known by name; `owner` is the class a method belongs to."""
 
     name: str
     owner: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(Struct, frozen=True):
     """A dictionary whose keys are known."""
 
     items: tuple[tuple[str, Value], ...]
@@ -86,15 +79,13 @@ class Named:
         return dict(self.items).get(str(key), NONE)
 
 
-@dataclass(frozen=True, slots=True)
-class Functions:
+class Functions(Struct, frozen=True):
     """Functions that a table of functions may give: qualified name and keywords already bound."""
 
     options: tuple[tuple[str, tuple[tuple[str, Value], ...]], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Either:
+class Either(Struct, frozen=True):
     """What a flag chooses from. Whoever unpacks it expects one of the tuples; elementwise every option must do."""
 
     options: tuple[Value, ...]
@@ -105,23 +96,20 @@ class Either:
         return single[0] if len(single) == 1 else self
 
 
-@dataclass(frozen=True, slots=True)
-class Conflict:
+class Conflict(Struct, frozen=True):
     """Tokens on one path, something else on another: an error only where it is used."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Other:
+class Other(Struct, frozen=True):
     """Anything that holds no tensor of interest: numbers, parameters, configuration."""
 
 
 Kind = Literal["source", "view", "join", "opaque", "item", "fixed", "boundary"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Whole:
+class Whole(Struct, frozen=True, eq=False):
     """A tensor every rank has in full. Built by `whole`: equal ones are one object, so that shared parts cost nothing.
 
     source: a variable (`name`); boundary: what `base` is called where the region starts; view: a shape operation `op` with

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import libcst as cst
+from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.facts.flow import AttentionSite
 from porter.facts.geometry import Geometry
@@ -24,8 +25,7 @@ Edit = tuple[cst.CSTNode, object]
 _IGNORED = {"dropout_p", "backend", "parallel_config", "enable_gqa", "attention_kwargs"}
 
 
-@dataclass(frozen=True, slots=True)
-class LoweredAttention:
+class LoweredAttention(Struct, frozen=True):
     """Edits, statements for the end of the constructor, and findings."""
 
     edits: tuple[Edit, ...]
