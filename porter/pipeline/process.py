@@ -54,6 +54,7 @@ def finish(library: Library, analysis: Analysis, name: str) -> Finish:
         processor=_processor(library, analysis, visual) if visual is not None else None,
         default_output_type=output_type, method=visual.method if visual is not None else None,
         options=_options(analysis, visual) if visual is not None else "",
+        grouped=visual is not None and visual.grouped,
         numpy=any(p is not None and p.processor is None for p in posts),
         rate=None if rate is None or isinstance(rate, Unknown) else rate,
         latent="output_type" in {a.name.value for a in analysis.arguments},

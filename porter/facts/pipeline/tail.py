@@ -6,32 +6,36 @@ from collections.abc import Sequence
 
 import libcst as cst
 from msgspec import Struct
+from msgspec.structs import replace
 
 from porter.facts.pipeline.first_picture import first_pictures
+from porter.facts.pipeline.grouped_pictures import grouping
 from porter.facts.pipeline.liveness import uses
 from porter.facts.pipeline.pasting import in_decoded_range, pastes_crop
 from porter.model import Unknown
 from porter.source.names import referenced
-from porter.source.tree import body, code, find, normal, replace_nodes, same, self_attribute
+from porter.source.tree import body, code, expression, find, normal, replace_nodes, same, self_attribute
 
 _VALUE = frozenset({"image", "video", "latents"})
 """Names under which the processors' methods take what they process."""
 
 _MEDIA = frozenset({"images", "frames", "video", "videos", "audio", "audios"})
 
-_NOTES = frozenset({"revised_prompts"})
+_NOTES = frozenset({"revised_prompts", "nsfw_content_detected"})
 """Fields that tell about the call and are no media: the engine's output has no place for them."""
 
 
 class PostProcess(Struct, frozen=True):
     """`self.<processor>.<method>(value, output_type=output_type, **options)`.
 
-    `processor` is None for `if output_type == "np": x = x.cpu().float().numpy()`.
+    `processor` is None for `if output_type == "np": x = x.cpu().float().numpy()`. `grouped`: the value is a list of such
+    tensors.
     """
 
     processor: str | None
     method: str
     options: tuple[tuple[str, cst.BaseExpression], ...] = ()
+    grouped: bool = False
 
 
 class Value(Struct, frozen=True):
@@ -77,10 +81,13 @@ def tail(statements: Sequence[cst.BaseStatement]) -> Tail | Unknown:
     values = []
     for field, value in given:
         rest = first_pictures(rest, value)
-        found = _take_post_process(rest, value)
+        pictures, loop = grouping(rest, value) or (value, None)
+        found = _take_post_process(rest, pictures, loop)
         if isinstance(found, Unknown):
             return found
         rest, post_process = found
+        if post_process is not None and loop is not None:
+            post_process = replace(post_process, grouped=True)
         values.append(Value(field, value, post_process))
     return Tail(tuple(rest), tuple(values), output)
 
@@ -108,9 +115,9 @@ def _plain_returns(statement: cst.BaseStatement, output: str | None) -> cst.Base
 
 
 def _take_post_process(
-    statements: Sequence[cst.BaseStatement], value: cst.BaseExpression
+    statements: Sequence[cst.BaseStatement], value: cst.BaseExpression, grouping: cst.For | None
 ) -> tuple[list[cst.BaseStatement], PostProcess | None] | Unknown:
-    """The statements without the post-processing of `value`, and what it was."""
+    """The statements without the post-processing of `value`, and what it was. Only `grouping` may read it after that."""
     kinds: list[PostProcess] = []
     edits: list[tuple[cst.CSTNode, object]] = []
     for node in [n for s in statements for n in find(s, cst.SimpleStatementLine, cst.If)]:
@@ -120,6 +127,7 @@ def _take_post_process(
         kinds.append(found)
         edits.append((node, new))
         later = [s for s in _following(statements, node) if isinstance(value, cst.Name) and value.value in uses(s)]
+        later = [s for s in later if s is not grouping]
         pastes = [s for s in later if isinstance(s, cst.If) and pastes_crop(s, code(value))]
         if len(pastes) < len(later):
             return Unknown("the post-processed output is used again")
@@ -161,14 +169,27 @@ def _processor(statement: cst.SimpleStatementLine) -> tuple[PostProcess | None, 
         return None, None
     processor = self_attribute(call.func.value)
     given = {a.keyword.value: a.value for a in call.args if a.keyword}
-    wanted = given.pop("output_type", None)
+    wanted, normalized = given.pop("output_type", None), given.pop("do_denormalize", None)
     if processor is None or not (isinstance(wanted, cst.Name) and wanted.value == "output_type"):
         return None, None
     options = tuple((n, v) for n, v in given.items() if n not in _VALUE)
     value, target = call.args[0].value, assign.targets[0].target
+    above = list(statement.leading_lines)
+    if normalized is not None:
+        value = _normalized(value, normalized)
+        above.append(
+            cst.EmptyLine(comment=cst.Comment("# Post-processing will take every picture for a normalized one."))
+        )
     plain = cst.Pass() if same(value, target) else assign.with_changes(value=value)
-    new = statement.with_changes(body=[plain])
+    new = statement.with_changes(body=[plain], leading_lines=above)
     return PostProcess(processor, call.func.attr.value, options), new
+
+
+def _normalized(pictures: cst.BaseExpression, normalized: cst.BaseExpression) -> cst.BaseExpression:
+    """Pictures of which post-processing may denormalize each: those that are not normalized (a checker blacked them out)
+    become so."""
+    text = "torch·stack([one if normalized else 2 * one - 1 for one, normalized in zip(pictures, flags)])"
+    return expression(text, pictures=pictures, flags=normalized)
 
 
 def _numpy(statement: cst.If) -> tuple[PostProcess | None, object]:

@@ -10,6 +10,7 @@ from porter.verify.tiny import Builder, builds, random_model
 CLASSES = (
     "CosmosControlNetModel",
     "FluxControlNetModel",
+    "HunyuanDiT2DControlNetModel",
     "QwenImageControlNetModel",
     "SD3ControlNetModel",
     "SanaControlNetModel",

@@ -115,6 +115,37 @@ def test_what_is_not_followed_is_not_split(old: str, new: str) -> None:
     assert isinstance(found(BATCHED.replace(old, new)), Unknown)
 
 
+MASKED = """    if masked:
+        m = torch·cat([mask, mask]) if guided else mask
+    u = t.expand(both.shape[0])
+    if masked:
+        u = torch·min(u, 1 - m)
+"""
+HALVED = "a, b = p.chunk(2)\n        u, _ = u.chunk(2)"
+
+
+def test_a_doubling_under_a_condition_of_its_own_is_taken_apart() -> None:
+    guide = known(BATCHED.replace("    u = t.expand(both.shape[0])\n", MASKED))
+    assert "m = mask" in "\n".join(texts(guide.before))
+    assert "guided" not in "\n".join(texts(guide.before))
+
+
+def test_halves_that_differ_under_a_condition_of_their_own_are_not_split() -> None:
+    text = BATCHED.replace("    u = t.expand(both.shape[0])\n", MASKED.replace("[mask, mask]", "[other, mask]"))
+    assert isinstance(found(text), Unknown)
+
+
+def test_an_input_that_is_halved_beside_the_prediction_is_whole_in_each_branch() -> None:
+    text = BATCHED.replace("    u = t.expand(both.shape[0])\n", MASKED).replace("a, b = p.chunk(2)", HALVED)
+    guide = known(text.replace("step(p, t, latents)", "step(p, t, latents, u)"))
+    assert guide.combination is not None and guide.combination.textbook
+
+
+def test_what_the_combination_computes_for_the_step_keeps_the_branches_together() -> None:
+    text = BATCHED.replace("a, b = p.chunk(2)", "a, b = p.chunk(2)\n        w = 2 * scale")
+    assert isinstance(found(text.replace("step(p, t, latents)", "step(p, t, latents, w)")), Unknown)
+
+
 def test_branches_that_differ_in_nothing_known_are_not_split() -> None:
     text = BATCHED.replace("text = torch·cat([negative_text, text], dim=0)", "other = 1")
     assert isinstance(found(text), Unknown)
