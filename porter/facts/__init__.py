@@ -6,6 +6,8 @@ from __future__ import annotations
 def load() -> None:
     """Import the modules that register facts for rules."""
     import porter.facts.complex_rotation
+    import porter.facts.device_tables
     import porter.facts.layers
     import porter.facts.masks
+    import porter.facts.normed_rotation
     import porter.facts.sequence.sites  # noqa: F401

@@ -57,6 +57,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     roles_by_class = {names[id(s)]: attention_role(s) or "self" for s in model.used}
     unit, merges = _lower(run, unit, roles_by_class)
     unit, whole = _shard(run, unit, library, policy)
+    unit = run.rules(replace(unit, facts={"library": library}), "optimise")
     extra = _templates(unit)
     unit = _surface(unit, policy, list(merges), model)
     unit = run.rules(unit, "tidy")
@@ -66,7 +67,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     closure = close(unit.definitions, own, home, library, policy, run.normalise)
     short = stem(unit.root)
     folder = snake(short)
-    # Helpers are part of what the layers compute, so they are optimised with them.
+    # Helpers that are still called are part of what the layers compute, so they are optimised, too.
     optimised = run.rules(Unit((*closure.helpers, *extra, *unit.definitions), unit.root), "optimise")
     local = {**own, **closure.local, **{f"{TEMPLATE_MODULE}.{d.name}": d.name for d in extra}}
     return TransformerPort(
