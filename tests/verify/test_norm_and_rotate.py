@@ -1,4 +1,4 @@
-"""The printed helper that norms and turns queries and keys gives what Diffusers gives, by the kernel's way and by the plain one."""
+"""The printed helper that norms and turns queries and keys gives what Diffusers gives, by the kernel and without it."""
 
 from __future__ import annotations
 
