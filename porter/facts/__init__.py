@@ -7,6 +7,7 @@ def load() -> None:
     """Import the modules that register facts for rules."""
     import porter.facts.complex_rotation
     import porter.facts.device_tables
+    import porter.facts.key_bias
     import porter.facts.layers
     import porter.facts.masks
     import porter.facts.normed_rotation
