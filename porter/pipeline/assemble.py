@@ -13,7 +13,7 @@ from porter.facts.pipeline.liveness import live_before, writes
 from porter.facts.pipeline.undefined import undefined
 from porter.model import Definition, Diagnostic, PorterError, Unit, Unknown
 from porter.pipeline.analysis import Analysis, analyse, in_stages
-from porter.pipeline.batching import batching
+from porter.pipeline.batching import Join, Merge, batching
 from porter.pipeline.cleanup import clean
 from porter.pipeline.helpers import module_definitions
 from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
@@ -85,12 +85,12 @@ def port_pipeline(
             )
         )
     finished = finish(library, analysis, f"get_{stem}_post_process_func")
-    batch = batching(analysis)
-    nodes = _definitions(library, analysis, cut, ported, finished, batch is None, tables, ruleset)
+    batch = batching(analysis, cut)
+    nodes = _definitions(library, analysis, cut, ported, finished, batch, tables, ruleset)
     features = {
         "cfg_parallel": _cfg_feature(analysis),
         "step_execution": Feature("generated") if cut.stepwise is None else Feature("unsupported", cut.stepwise.reason),
-        "request_batch": Feature("generated") if batch is None else Feature("unsupported", batch.reason),
+        "request_batch": Feature("unsupported", batch.reason) if isinstance(batch, Unknown) else Feature("generated"),
     }
     return PipelinePort(
         source=f"diffusers.{cls.name}", arch=cls.name, module=f"pipeline_{stem}", cls=cls.name,
@@ -139,13 +139,13 @@ def _definitions(
     cut: Pieces,
     ported: Sequence[Denoiser],
     finished: Finish,
-    batches: bool,
+    batch: Merge | Join | Unknown,
     tables: Tables,
     ruleset: RuleSet | None,
 ) -> list[Definition]:
     cls = analysis.members.cls
     home = lambda name, node: Definition(name, node, cls.module, cls.file)  # noqa: E731
-    shell = _class(analysis, cut, ported, finished, batches, tables)
+    shell = _class(analysis, cut, ported, finished, batch, tables)
     carried = module_definitions(library, analysis.members, [*code_nodes(analysis), *kept_constructor(analysis)])
     packages = optional_packages(library, analysis.members)
     out = [import_where_used(d, packages) for d in clean(carried, ruleset).definitions]
@@ -155,6 +155,9 @@ def _definitions(
         pipeline_packages=_pipeline_packages(analysis),
     ):  # fmt: skip
         out.append(home(each.name.value, each))  # type: ignore[attr-defined]
+    if isinstance(batch, Join):
+        joining = render("pipeline/join_inputs.py.jinja", {}, branches=bool(batch.branches))
+        out += [home(f.name.value, f) for f in joining]  # type: ignore[attr-defined]
     if finished.function is not None:
         out += [home(f.name.value, f) for f in finished.function]  # type: ignore[attr-defined]
     out.append(import_where_used(home(cls.name, shell), packages))
@@ -189,7 +192,7 @@ def _class(
     cut: Pieces,
     ported: Sequence[Denoiser],
     finished: Finish,
-    batches: bool,
+    batch: Merge | Join | Unknown,
     tables: Tables,
 ) -> cst.BaseStatement:
     cls = analysis.members.cls
@@ -209,7 +212,8 @@ def _class(
     keys = media_keys({p.name for p in taken if p.place == "media"}, tables)
     loop = analysis.cut.loop if isinstance(analysis.cut, Regions) else None
     (node,) = render(
-        "pipeline/pipeline.py.jinja", slots, cls=cls.name, doc=_docstring(analysis), batches=batches,
+        "pipeline/pipeline.py.jinja", slots, cls=cls.name, doc=_docstring(analysis),
+        merges=isinstance(batch, Merge), joins=_joins(batch),
         steps=cut.stepwise is None, default_steps=steps,
         dit_modules=_texts(d.component for d in ported),
         encoder_modules=_texts(c.name for c in parts if c.role in ("text_encoder", "image_encoder")),
@@ -242,6 +246,14 @@ def _class(
         loop_value={n: f"self.{n}" if n == SCHEDULER else n for n in cut.predict_inputs},
     )  # fmt: skip
     return node
+
+
+def _joins(batch: Merge | Join | Unknown) -> dict[str, str] | None:
+    """What the template prints about a join; an empty tuple is left out."""
+    if not isinstance(batch, Join):
+        return None
+    groups = {name: getattr(batch, name) for name in ("arguments", "rows", "branches", "counts", "facts")}
+    return {name: _tuple(names) if names else "" for name, names in groups.items()}
 
 
 def _returns(count: int) -> str:

@@ -1,27 +1,115 @@
-"""Whether one call for N prompts gives each prompt what a call of its own gives."""
+"""How several requests share a denoising loop: one call with all prompts, or each encoded alone and then joined."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+
 import libcst as cst
 
-from porter.facts.pipeline import Guidance
+from porter.facts.pipeline import Guidance, PromptAxis, Regions, Share, prompt_axis
 from porter.facts.pipeline.liveness import names_of, uses
+from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis
+from porter.pipeline.parameters import is_tensor, is_text
+from porter.pipeline.pieces import Pieces
 from porter.source.tree import code, find, self_attribute, walk
 
 
-def batching(analysis: Analysis) -> Unknown | None:
-    """None if prompts can share a call, else why not."""
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """One call of the pipeline takes the prompts of all requests: a shared encoding, padded and masked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Each request is encoded alone, and the inputs of the loop are joined where they have equal shapes.
+
+    `arguments`: what each request brings. Of the inputs of `diffuse` and `decode`, `rows` are joined (`branches` among
+    them may hold both guidance branches), `counts` added up, and on `facts` the requests must agree.
+    """
+
+    arguments: tuple[str, ...]
+    rows: tuple[str, ...]
+    branches: tuple[str, ...]
+    counts: tuple[str, ...]
+    facts: tuple[str, ...]
+
+
+def batching(analysis: Analysis, cut: Pieces) -> Merge | Join | Unknown:
+    """How requests share a call of the port, or why they can't."""
+    return Merge() if _merges(analysis) else _join(analysis, cut)
+
+
+def _merges(analysis: Analysis) -> bool:
+    """Whether one call for N prompts gives each prompt what a call of its own gives."""
     prompt = next((a for a in analysis.arguments if a.name.value == "prompt"), None)
-    if prompt is None or prompt.annotation is None or "list" not in code(prompt.annotation.annotation).lower():
-        return Unknown("the pipeline takes one prompt per call")
+    if prompt is None or not is_text(prompt):
+        return False
     if any(p.place == "media" for p in analysis.parameters):
-        return Unknown("media inputs are handled one request at a time")
-    ragged = [h.name for h in analysis.helpers if _pads_to_longest(h.node)]
-    if ragged and not _masked(analysis):
-        return Unknown(f"{ragged[0]} pads prompts to the longest of a call and no mask reaches the denoiser")
-    return None
+        return False
+    return _masked(analysis) or not any(_pads_to_longest(h.node) for h in analysis.helpers)
+
+
+def _join(analysis: Analysis, cut: Pieces) -> Join | Unknown:
+    arguments = {a.name.value: a for a in analysis.arguments}
+    brought = tuple(
+        p.name
+        for p in analysis.parameters
+        if p.place in ("prompt", "media") or (p.place != "refused" and _is_brought(arguments[p.name]))
+    )
+    axis = prompt_axis(cut.encode, brought, {h.name: h.node for h in analysis.helpers})
+    state = _state_of_a_request(analysis, axis)
+    if state is not None:
+        return Unknown(f"self.{state} is kept between encoding and denoising and belongs to one request")
+    inputs = tuple(dict.fromkeys((*cut.loop_inputs, *cut.decode_inputs)))
+    same = _iterated(analysis) & set(inputs)
+    shares = {n: Share.FACT if n in same else axis.of(n) for n in inputs}
+    texts = [n for n in inputs if n in brought and is_text(arguments[n])]
+    if texts:
+        return Unknown(f"the loop itself reads the request's {texts[0]}")
+    unsure = [n for n in inputs if Share.UNSURE in shares[n]]
+    if unsure:
+        return Unknown(f"{unsure[0]} is computed from the number of prompts in a way that is not followed")
+    if not any(Share.ROWS in shares[n] for n in cut.loop_inputs):
+        return Unknown("nothing that the loop reads has an entry for each prompt")
+    kinds = {n: _kind(share) for n, share in shares.items()}
+    return Join(
+        tuple(brought), tuple(n for n in inputs if kinds[n] is Share.ROWS),
+        tuple(n for n in inputs if kinds[n] is Share.ROWS and Share.BRANCHES in shares[n]),
+        tuple(n for n in inputs if kinds[n] is Share.COUNT), tuple(n for n in inputs if kinds[n] is Share.FACT),
+    )  # fmt: skip
+
+
+def _kind(share: Share) -> Share:
+    return next((kind for kind in (Share.ROWS, Share.COUNT, Share.FACT) if kind in share), Share.NOTHING)
+
+
+def _is_brought(argument: cst.Param) -> bool:
+    """Whether a parameter is not a setting, but something that a request brings."""
+    text = code(argument.annotation.annotation) if argument.annotation is not None else ""
+    return is_tensor(argument) or argument.name.value == "generator" or "Tensor" in text
+
+
+def _iterated(analysis: Analysis) -> set[str]:
+    """Names that loops of the denoising run over, the time steps first of all."""
+    cut = analysis.cut
+    nodes: Iterable[cst.CSTNode] = [cut.loop.node] if isinstance(cut, Regions) else cut.denoise
+    return {"timesteps"} | {n for node in nodes for loop in find(node, cst.For) for n in uses(loop.iter)}
+
+
+def _state_of_a_request(analysis: Analysis, axis: PromptAxis) -> str | None:
+    """An attribute that encoding sets from what a request brings, and that later code reads."""
+    after = [*analysis.cut.denoise, *analysis.tail.statements]
+    read = {n for each in after for n in self_reads(each)}
+    methods = {h.name: h.node for h in analysis.helpers}
+    pending = sorted(read & methods.keys())
+    while pending:
+        more = self_reads(methods[pending.pop()]) - read
+        read |= more
+        pending += sorted(more & methods.keys())
+    return next((n for n in sorted(analysis.kept_state & read) if axis.of(f"self.{n}")), None)
 
 
 def _masked(analysis: Analysis) -> bool:

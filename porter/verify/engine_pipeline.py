@@ -104,22 +104,19 @@ def recorded(pipe: Any, denoisers: tuple[str, ...], record: dict[str, Any], stop
 
 @contextlib.contextmanager
 def seeded_encoding(pipe: Any) -> Iterator[None]:
-    """Step execution encodes several requests before it runs them; each starts from the global seed, as alone."""
-    prepare = getattr(pipe, "prepare_encode", None)
-    if prepare is None:
-        yield
-        return
+    """Several requests are encoded before they run; each starts from the global seed, as alone."""
+    prepare = pipe.prepare_generation
 
     @functools.wraps(prepare)
-    def prepare_encode(*args: Any, **kwargs: Any) -> Any:
+    def prepare_generation(*args: Any, **kwargs: Any) -> Any:
         torch.manual_seed(GLOBAL_SEED)
         return prepare(*args, **kwargs)
 
-    pipe.prepare_encode = prepare_encode
+    pipe.prepare_generation = prepare_generation
     try:
         yield
     finally:
-        del pipe.prepare_encode
+        del pipe.prepare_generation
 
 
 def tensor_of(output: Any) -> torch.Tensor | None:
@@ -195,7 +192,7 @@ def one_call(
     """What one call did: steps, calls, first_call, timesteps, output, error, reach."""
     from vllm_omni.diffusion.registry import get_diffusion_pre_process_func
 
-    record: dict[str, Any] = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "reach": {}, "others": []}
+    record: dict[str, Any] = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "reach": {}, "others": [], "each": []}
     error, outputs, start = None, [], time.perf_counter()
     denoisers = tuple(d.component for d in port.denoisers)
     try:
@@ -209,6 +206,7 @@ def one_call(
             results = step_mode(runner, requests) if mode == "step" else request_mode(runner, requests, batched)
         outputs = [tensor_of(r) for r in results]
         record["others"] = others_of(results)
+        record["each"] = [[t for t in (tensor_of(r), *others_of([r])) if t is not None] for r in results]
     except Stop:
         pass
     except Exception as problem:  # noqa: BLE001 - what the port raises is a result

@@ -62,7 +62,14 @@ def requests_of(call: Mapping[str, Any]) -> tuple[list[Any], dict[str, str]]:
     """One engine request per prompt of the call, and how each parameter reached it.
 
     A call with a list of prompts has a list of seeds; prompt-like lists and tensors are split along their first axis.
+    A call that lists `requests` has one call for each, which may differ in everything.
     """
+    if "requests" in call:
+        groups = [requests_of(each) for each in call["requests"]]
+        alone = [request for requests, _ in groups for request in requests]
+        for index, request in enumerate(alone):
+            request.request_id = f"r{index}"
+        return alone, groups[0][1]
     from dataclasses import fields
 
     from vllm_omni.diffusion.request import OmniDiffusionRequest

@@ -176,7 +176,8 @@ def pipeline_rungs(
     A mode that the port was generated without is not run: the port says why. Without a checkpoint, and where no request
     works, the other rungs are skipped.
     """
-    from porter.verify.rungs.modes import batch, cfg, step
+    from porter.verify.rungs.batch import batch
+    from porter.verify.rungs.modes import cfg, step
     from porter.verify.rungs.pipeline import pipeline
     from porter.verify.rungs.serve import serve
 

@@ -1,4 +1,4 @@
-"""Rungs `cfg`, `step` and `batch`: other ways of running a request give the same result."""
+"""Rungs `cfg` and `step`: other ways of running a request give the same result."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from porter.verify.bench import Bench, Clock, JobError
-from porter.verify.compare import difference
 from porter.verify.manifest import Port
-from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of, skipped
-from porter.verify.pipeline_spec import PER_PROMPT, SEED, PipelineSpec, RequestCase
+from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, skipped
+from porter.verify.pipeline_spec import PipelineSpec, RequestCase
 from porter.verify.rungs.pipeline import (
     checkpoint_of,
     judge,
-    pictures_of,
     port_job,
     raised,
     reference,
@@ -23,7 +21,7 @@ from porter.verify.rungs.pipeline import (
 )  # fmt: skip
 
 
-def _not_runnable(rung: str, port: Port, spec: PipelineSpec | None) -> RungResult | None:
+def not_runnable(rung: str, port: Port, spec: PipelineSpec | None) -> RungResult | None:
     if port.module is None:
         return skipped(rung, port.source_class, "the pipeline is not converted yet")
     if spec is None:
@@ -31,7 +29,7 @@ def _not_runnable(rung: str, port: Port, spec: PipelineSpec | None) -> RungResul
     return None
 
 
-def _guided(bench: Bench, spec: PipelineSpec) -> list[RequestCase]:
+def guided(bench: Bench, spec: PipelineSpec) -> list[RequestCase]:
     """Requests with both guidance branches: what the pipeline's file names, else with a negative prompt."""
     table = {c.name: c for c in table_of(bench, spec)}
     base = table.get("negative-prompt", table["plain"])
@@ -44,12 +42,12 @@ def cfg(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | No
     """Guidance branches on two ranks: same result on both, and each rank calls the denoiser half as often."""
     import torch
 
-    if (no := _not_runnable("cfg", port, spec)) is not None:
+    if (no := not_runnable("cfg", port, spec)) is not None:
         return no
     assert spec is not None
     clock = Clock()
     checkpoint = checkpoint_of(bench, spec)
-    cases = _guided(bench, spec)
+    cases = guided(bench, spec)
     pairs = reference(bench, spec, checkpoint, cases)
     calls = [p["call"] for p in pairs]
     out = bench.path("cfg")
@@ -78,12 +76,12 @@ def step(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | N
     """Step execution through the engine's own runner and step scheduler, alone and two requests at a time."""
     import torch
 
-    if (no := _not_runnable("step", port, spec)) is not None:
+    if (no := not_runnable("step", port, spec)) is not None:
         return no
     assert spec is not None
     clock = Clock()
     checkpoint = checkpoint_of(bench, spec)
-    cases = [*_guided(bench, spec), *table_of(bench, spec, ("plain", "two-prompts", "odd-size"))]
+    cases = [*guided(bench, spec), *table_of(bench, spec, ("plain", "two-prompts", "odd-size"))]
     pairs = reference(bench, spec, checkpoint, cases)
     out = bench.path("step")
     job = port_job(generated, port, checkpoint, [p["call"] for p in pairs], out=out, mode="step", step=True)
@@ -105,48 +103,3 @@ def _unordered(record: dict[str, Any]) -> dict[str, Any]:
     if count > 1 and len(steps) % count == 0:
         steps = [s for r in range(count) for s in steps[r::count]]
     return record | {"steps": steps}
-
-
-def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None) -> RungResult:
-    """Three requests in one batch give what each gives alone."""
-    import torch
-
-    if (no := _not_runnable("batch", port, spec)) is not None:
-        return no
-    assert spec is not None
-    clock = Clock()
-    checkpoint = checkpoint_of(bench, spec)
-    base = _guided(bench, spec)[0]
-    texts = (lambda v: v, lambda v: f"{v}, and longer", lambda v: f"{v} seen from far away in the evening")
-    joint = {
-        k: [t(v) for t in texts] if isinstance(v, str) and PER_PROMPT.fullmatch(k) else v
-        for k, v in base.kwargs.items()
-    }
-    seeds = [SEED, SEED + 1, SEED + 2]
-    call = {"kwargs": joint, "seed": seeds, "stop_after": None}
-    call["images"] = {n: pictures_of(bench, n, entry) for n, entry in base.images.items()}
-    out = bench.path("batch")
-    job = port_job(generated, port, checkpoint, [call], max_num_seqs=3)
-    try:
-        facts = bench.engine(job | {"out": out, "batched": True})
-        if not facts["supports_request_batch"]:
-            return skipped("batch", port.source_class, "the port does not take several requests at once")
-        bench.engine(job | {"out": f"{out}.single", "batched": False})
-    except JobError as error:
-        return rung_of("batch", port.source_class, [CaseResult("three", "failed", raised(error))], clock())
-    together, alone = (torch.load(p, weights_only=True)[0] for p in (out, f"{out}.single"))
-    return rung_of("batch", port.source_class, [_same(together, alone)], clock())
-
-
-def _same(together: dict[str, Any], alone: dict[str, Any]) -> CaseResult:
-    for record, what in ((together, "in a batch"), (alone, "alone")):
-        if record["error"]:
-            error = record["error"]
-            message = f"{what}: {error['type']}: {error['message']}"
-            return CaseResult("three", "failed", message, where={"traceback": error["trace"]})
-    if together["output"] is None or alone["output"] is None:
-        return CaseResult("three", "failed", "the port returned no tensor")
-    figures = difference(together["output"], alone["output"]) | {"requests": together["requests"]}
-    good = figures["rel_l2"] <= BOUND
-    message = "" if good else f"a batch of three differs from three singles: {figures['rel_l2']:.2e}"
-    return CaseResult("three", "passed" if good else "failed", message, figures)

@@ -42,13 +42,15 @@ def table_of(bench: Bench, spec: PipelineSpec, names: Iterable[str] | None = Non
     return cases
 
 
-def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase) -> dict[str, Any]:
-    """A case as both workers read it: tensors and pictures in files."""
+def call_of(
+    bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase, variant: int = 0
+) -> dict[str, Any]:
+    """A case as both workers read it: tensors and pictures in files. Each `variant` has others of the same shapes."""
     import torch
 
     call: dict[str, Any] = {"kwargs": dict(case.kwargs), "seed": case.seed, "stop_after": case.stop_after}
     call |= {"per_prompt": case.per_prompt, "apart": case.apart}
-    draw = torch.Generator().manual_seed(9)
+    draw = torch.Generator().manual_seed(9 + variant)
     tensors: dict[str, Any] = {n: _drawn(shape, draw) for n, shape in sorted(case.tensors.items())}
     for row in case.encode:
         out = bench.path("encoded")
@@ -60,7 +62,7 @@ def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase
     if tensors:
         call["tensors"] = bench.path("tensors")
         torch.save(tensors, call["tensors"])
-    call["images"] = {n: pictures_of(bench, n, entry) for n, entry in case.images.items()}
+    call["images"] = {n: pictures_of(bench, n, entry, variant) for n, entry in case.images.items()}
     return call
 
 
@@ -73,13 +75,13 @@ def _drawn(shape: list[Any], generator: Any) -> Any:
     return torch.randn(shape, generator=generator)
 
 
-def pictures_of(bench: Bench, name: str, entry: Any) -> str | list[str]:
+def pictures_of(bench: Bench, name: str, entry: Any, variant: int = 0) -> str | list[str]:
     """File of a random picture, or files of several: `[height, width]`, `{size, mode, mask}`, `{size, frames}`, a list."""
     if isinstance(entry, dict) and "frames" in entry:
         entry = [{k: v for k, v in entry.items() if k != "frames"}] * entry["frames"]
     if isinstance(entry, list) and not all(isinstance(n, int) for n in entry):
-        return [_picture(bench, f"{name}-{index}", one, 8 + index) for index, one in enumerate(entry)]
-    return _picture(bench, name, entry, 7)
+        return [_picture(bench, f"{name}-{index}", one, 8 + index + 100 * variant) for index, one in enumerate(entry)]
+    return _picture(bench, name, entry, 7 + 100 * variant)
 
 
 def _picture(bench: Bench, name: str, entry: Any, seed: int) -> str:
@@ -89,7 +91,7 @@ def _picture(bench: Bench, name: str, entry: Any, seed: int) -> str:
     options = entry if isinstance(entry, dict) else {"size": entry}
     height, width = options["size"]
     mode = "L" if options.get("mask") else options.get("mode", "RGB")
-    path = bench.folder / f"picture-{name}-{height}-{width}-{mode}.png"
+    path = bench.folder / f"picture-{name}-{height}-{width}-{mode}-{seed}.png"
     if not path.exists():
         shape = (height, width) if mode == "L" else (height, width, len(mode))
         pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)

@@ -1,0 +1,101 @@
+"""Rung `batch`: several requests given to the engine at once get what each gets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from porter.verify.bench import Bench, Clock, JobError
+from porter.verify.compare import difference
+from porter.verify.manifest import Port
+from porter.verify.outcome import BOUND, CaseResult, RungResult, rung_of, skipped
+from porter.verify.pipeline_spec import PER_PROMPT, SEED, PipelineSpec, RequestCase
+from porter.verify.rungs.modes import guided, not_runnable
+from porter.verify.rungs.pipeline import call_of, checkpoint_of, port_job, raised
+
+STEPS = "num_inference_steps"
+TOGETHER = "three"
+"""The case whose requests must share a denoising loop."""
+
+
+def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None) -> RungResult:
+    """Three requests in one batch give what each gives alone, and those that are alike in shape run together."""
+    import torch
+
+    if (no := not_runnable("batch", port, spec)) is not None:
+        return no
+    assert spec is not None
+    clock = Clock()
+    checkpoint = checkpoint_of(bench, spec)
+    base = replace(guided(bench, spec)[0], stop_after=None)
+    groups = {
+        name: [call_of(bench, spec, checkpoint, case, variant) for case, variant in cases]
+        for name, cases in _groups(base)
+    }
+    out = bench.path("batch")
+    job = port_job(generated, port, checkpoint, [{"requests": calls} for calls in groups.values()], max_num_seqs=3)
+    try:
+        facts = bench.engine(job | {"out": out, "batched": True})
+        if not facts["supports_request_batch"]:
+            return skipped("batch", port.source_class, "the port does not take several requests at once")
+        singles = [call for calls in groups.values() for call in calls]
+        bench.engine(job | {"calls": singles, "out": f"{out}.single", "batched": False})
+    except JobError as error:
+        return rung_of("batch", port.source_class, [CaseResult(TOGETHER, "failed", raised(error))], clock())
+    together = torch.load(out, weights_only=True)
+    alone = iter(torch.load(f"{out}.single", weights_only=True))
+    results = [
+        _same(name, record, [next(alone) for _ in calls])
+        for (name, calls), record in zip(groups.items(), together, strict=True)
+    ]
+    return rung_of("batch", port.source_class, results, clock())
+
+
+def _groups(base: RequestCase) -> Iterator[tuple[str, list[tuple[RequestCase, int]]]]:
+    """Groups of requests by name. A request is a case and the number of its pictures and drawn tensors."""
+    turned = [_with_texts(base, lambda text, n=n: _turned(text, n)) for n in range(3)]  # type: ignore[misc]
+    yield TOGETHER, [(replace(c, seed=SEED + n), n) for n, c in enumerate(turned)]
+    yield "same-inputs", [(replace(base, seed=SEED + n), 0) for n in range(3)]
+    endings = ("", ", and longer", " seen from far away in the evening")
+    longer = [_with_texts(base, lambda text, e=e: text + e) for e in endings]  # type: ignore[misc]
+    yield "other-lengths", [(replace(c, seed=SEED + n), n) for n, c in enumerate(longer)]
+    if isinstance(base.kwargs.get(STEPS), int):
+        more = replace(turned[1], kwargs={**turned[1].kwargs, STEPS: base.kwargs[STEPS] + 1})
+        yield "other-settings", [(turned[0], 0), (more, 1), (turned[2], 2)]
+
+
+def _with_texts(case: RequestCase, change: Callable[[str], str]) -> RequestCase:
+    texts = {k: change(v) for k, v in case.kwargs.items() if isinstance(v, str) and PER_PROMPT.fullmatch(k)}
+    return replace(case, kwargs={**case.kwargs, **texts})
+
+
+def _turned(text: str, places: int) -> str:
+    """The same words in another order: another text with as many tokens."""
+    words = text.split()
+    places %= max(len(words), 1)
+    return " ".join(words[places:] + words[:places])
+
+
+def _same(name: str, together: dict[str, Any], alone: list[dict[str, Any]]) -> CaseResult:
+    for record, what in ((together, "in a batch"), *((r, "alone") for r in alone)):
+        if record["error"]:
+            error = record["error"]
+            message = f"{what}: {error['type']}: {error['message']}"
+            return CaseResult(name, "failed", message, where={"traceback": error["trace"]})
+    calls, singly = together["calls"], sum(r["calls"] for r in alone)
+    figures: dict[str, Any] = {"requests": len(alone), "calls": calls, "calls_alone": singly, "rel_l2": 0.0}
+    problems = []
+    if not all(together["each"]) or not all(e for r in alone for e in r["each"]):
+        problems.append("the port returned no tensor")
+    for index, (got, record) in enumerate(zip(together["each"], alone, strict=True)):
+        for a, b in zip(got, record["each"][0], strict=True):
+            error = difference(a, b)
+            figures["rel_l2"] = max(figures["rel_l2"], error["rel_l2"])
+            if error["rel_l2"] > BOUND:
+                shapes = f", shape {error['shape']}, alone {error['expected_shape']}" if "shape" in error else ""
+                problems.append(f"request {index + 1} in a batch differs from itself alone: {error['rel_l2']:.2e}{shapes}")
+    if name == TOGETHER and calls >= singly:
+        problems.append(f"nothing was shared: {calls} denoiser calls in a batch, {singly} one by one")
+    return CaseResult(name, "failed" if problems else "passed", "; ".join(problems[:2]), figures)
