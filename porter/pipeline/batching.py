@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,9 +13,13 @@ from porter.facts.pipeline.liveness import names_of, uses
 from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis
-from porter.pipeline.parameters import is_tensor, is_text
+from porter.pipeline.model import Parameter
+from porter.pipeline.parameters import is_text
 from porter.pipeline.pieces import Pieces
 from porter.source.tree import code, find, self_attribute, walk
+
+_SETTINGS = frozenset({"int", "float", "bool", "None", "Optional", "typing"})
+"""Types of parameters that are never content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +31,8 @@ class Merge:
 class Join:
     """Each request is encoded alone, and the inputs of the loop are joined where they have equal shapes.
 
-    `arguments`: what each request brings. Of the inputs of `diffuse` and `decode`, `rows` are joined (`branches` among
-    them may hold both guidance branches), `counts` added up, and on `facts` the requests must agree.
+    `arguments`: what each request brings. Of the inputs of `diffuse`, `rows` are joined (`branches` among them may hold
+    both guidance branches), `counts` added up, and on `facts` the requests must agree.
     """
 
     arguments: tuple[str, ...]
@@ -54,26 +59,22 @@ def _merges(analysis: Analysis) -> bool:
 
 def _join(analysis: Analysis, cut: Pieces) -> Join | Unknown:
     arguments = {a.name.value: a for a in analysis.arguments}
-    brought = tuple(
-        p.name
-        for p in analysis.parameters
-        if p.place in ("prompt", "media") or (p.place != "refused" and _is_brought(arguments[p.name]))
-    )
+    brought = tuple(p.name for p in analysis.parameters if _is_brought(p, arguments[p.name]))
     axis = prompt_axis(cut.encode, brought, {h.name: h.node for h in analysis.helpers})
     state = _state_of_a_request(analysis, axis)
     if state is not None:
         return Unknown(f"self.{state} is kept between encoding and denoising and belongs to one request")
-    inputs = tuple(dict.fromkeys((*cut.loop_inputs, *cut.decode_inputs)))
+    inputs = cut.loop_inputs
     same = _iterated(analysis) & set(inputs)
     shares = {n: Share.FACT if n in same else axis.of(n) for n in inputs}
     texts = [n for n in inputs if n in brought and is_text(arguments[n])]
     if texts:
         return Unknown(f"the loop itself reads the request's {texts[0]}")
-    unsure = [n for n in inputs if Share.UNSURE in shares[n]]
+    unsure = [n for n in inputs if Share.UNSURE in shares[n] and Share.ROWS not in shares[n]]
     if unsure:
         return Unknown(f"{unsure[0]} is computed from the number of prompts in a way that is not followed")
-    if not any(Share.ROWS in shares[n] for n in cut.loop_inputs):
-        return Unknown("nothing that the loop reads has an entry for each prompt")
+    if not cut.returned or not any(Share.ROWS in share for share in shares.values()):
+        return Unknown("nothing that the loop reads or returns has an entry for each prompt")
     kinds = {n: _kind(share) for n, share in shares.items()}
     return Join(
         tuple(brought), tuple(n for n in inputs if kinds[n] is Share.ROWS),
@@ -86,10 +87,14 @@ def _kind(share: Share) -> Share:
     return next((kind for kind in (Share.ROWS, Share.COUNT, Share.FACT) if kind in share), Share.NOTHING)
 
 
-def _is_brought(argument: cst.Param) -> bool:
+def _is_brought(parameter: Parameter, argument: cst.Param) -> bool:
     """Whether a parameter is not a setting, but something that a request brings."""
+    if parameter.place in ("refused", "outputs"):
+        return False
     text = code(argument.annotation.annotation) if argument.annotation is not None else ""
-    return is_tensor(argument) or argument.name.value == "generator" or "Tensor" in text
+    if text and set(re.findall(r"\w+", text)) <= _SETTINGS:
+        return False
+    return parameter.place in ("prompt", "media") or parameter.name == "generator" or "Tensor" in text
 
 
 def _iterated(analysis: Analysis) -> set[str]:

@@ -21,7 +21,8 @@ from porter.source.tree import body, children, find, literal_value, self_attribu
 _NOT_VALUES = frozenset({"dtype", "device"})
 _GROWS = frozenset({"append", "extend", "insert", "update", "add_"})
 _CATS = frozenset({"torch·cat", "torch·concat"})
-_ARITHMETIC = (cst.Multiply,)
+_NEW = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
+"""Tensor methods that ask their tensor for its type and place only."""
 
 
 class Share(Flag):
@@ -205,7 +206,9 @@ class _Walk:
         if isinstance(node, cst.Arg):
             return self.share(node.value)
         if isinstance(node, (cst.ListComp, cst.GeneratorExp, cst.SetComp, cst.DictComp, cst.Lambda)):
-            return _in_rows(self._all(n for n in walk(node) if isinstance(n, cst.Name)))
+            found = _in_rows(self._all(n for n in walk(node) if isinstance(n, cst.Name)))
+            doubled = found & Share.ROWS and any(_is_doubled(c) for c in find(node, cst.Call))
+            return found | Share.BRANCHES if doubled else found
         return self._all(children(node))
 
     def _attribute(self, node: cst.Attribute) -> Share:
@@ -231,12 +234,14 @@ class _Walk:
     def _binary(self, node: cst.BinaryOperation) -> Share:
         left, right = self.share(node.left), self.share(node.right)
         found = left | right
+        if isinstance(node.operator, cst.Add) and all(_is_list(n) for n in (node.left, node.right)) and found & Share.ROWS:
+            return _in_rows(found) | Share.BRANCHES
         if not found & Share.COUNT:
             return found
         lists = any(isinstance(n, (cst.List, cst.Tuple)) for n in (node.left, node.right))
         if lists or found & Share.ROWS:
             return _in_rows(found)
-        plain = isinstance(node.operator, _ARITHMETIC) and not (left & Share.COUNT and right & Share.COUNT)
+        plain = isinstance(node.operator, cst.Multiply) and not (left & Share.COUNT and right & Share.COUNT)
         return found if plain else found & ~Share.COUNT | Share.UNSURE
 
     def _call(self, node: cst.Call) -> Share:
@@ -251,11 +256,17 @@ class _Walk:
             if node.func.attr.value == "size" and node.args:
                 rows = self.share(node.func.value) & Share.ROWS
                 return (Share.COUNT if _integer(node.args[0].value) == 0 else Share.FACT) if rows else NOTHING
-            given |= self.share(node.func.value)
+            if node.func.attr.value not in _NEW:
+                given |= self.share(node.func.value)
         found = _in_rows(given)
         if found & Share.ROWS and (_is_doubled(node) or own in self.doubling or _repeats(node)):
             found |= Share.BRANCHES
         return found
+
+
+def _is_list(node: cst.BaseExpression) -> bool:
+    called = isinstance(node, cst.Call) and isinstance(node.func, cst.Name) and node.func.value == "list"
+    return called or isinstance(node, (cst.List, cst.ListComp))
 
 
 def _repeats(node: cst.Call) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from porter.verify.bench import Bench, Clock, JobError
-from porter.verify.compare import difference
+from porter.verify.compare import difference, rounded
 from porter.verify.manifest import Port
 from porter.verify.outcome import BOUND, CaseResult, RungResult, rung_of, skipped
 from porter.verify.pipeline_spec import PER_PROMPT, SEED, PipelineSpec, RequestCase
@@ -67,8 +68,15 @@ def _groups(base: RequestCase) -> Iterator[tuple[str, list[tuple[RequestCase, in
 
 
 def _with_texts(case: RequestCase, change: Callable[[str], str]) -> RequestCase:
-    texts = {k: change(v) for k, v in case.kwargs.items() if isinstance(v, str) and PER_PROMPT.fullmatch(k)}
+    texts = {k: _changed(v, change) for k, v in case.kwargs.items() if isinstance(v, str) and PER_PROMPT.fullmatch(k)}
     return replace(case, kwargs={**case.kwargs, **texts})
+
+
+def _changed(text: str, change: Callable[[str], str]) -> str:
+    """The text, or the texts in a prompt that is a JSON object, changed."""
+    if not text.startswith("{"):
+        return change(text)
+    return json.dumps({k: change(v) if isinstance(v, str) else v for k, v in json.loads(text).items()})
 
 
 def _turned(text: str, places: int) -> str:
@@ -92,6 +100,9 @@ def _same(name: str, together: dict[str, Any], alone: list[dict[str, Any]]) -> C
     for index, (got, record) in enumerate(zip(together["each"], alone, strict=True)):
         for a, b in zip(got, record["each"][0], strict=True):
             error = difference(a, b)
+            if error["rel_l2"] > BOUND and rounded(a, b):
+                figures["rounded_to_8_bits"] = True
+                continue
             figures["rel_l2"] = max(figures["rel_l2"], error["rel_l2"])
             if error["rel_l2"] > BOUND:
                 shapes = f", shape {error['shape']}, alone {error['expected_shape']}" if "shape" in error else ""
