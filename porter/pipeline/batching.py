@@ -44,23 +44,48 @@ class Join:
 
 def batching(analysis: Analysis, cut: Pieces) -> Merge | Join | Unknown:
     """How requests share a call of the port, or why they can't."""
-    return Merge() if _merges(analysis) else _join(analysis, cut)
-
-
-def _merges(analysis: Analysis) -> bool:
-    """Whether one call for N prompts gives each prompt what a call of its own gives."""
-    prompt = next((a for a in analysis.arguments if a.name.value == "prompt"), None)
-    if prompt is None or not is_text(prompt):
-        return False
-    if any(p.place == "media" for p in analysis.parameters):
-        return False
-    return _masked(analysis) or not any(_pads_to_longest(h.node) for h in analysis.helpers)
-
-
-def _join(analysis: Analysis, cut: Pieces) -> Join | Unknown:
-    arguments = {a.name.value: a for a in analysis.arguments}
-    brought = tuple(p.name for p in analysis.parameters if _is_brought(p, arguments[p.name]))
+    brought = _brought(analysis)
     axis = prompt_axis(cut.encode, brought, {h.name: h.node for h in analysis.helpers})
+    return Merge() if _merges(analysis, axis) else _join(analysis, cut, brought, axis)
+
+
+def _brought(analysis: Analysis) -> tuple[str, ...]:
+    arguments = {a.name.value: a for a in analysis.arguments}
+    return tuple(p.name for p in analysis.parameters if _is_brought(p, arguments[p.name]))
+
+
+def _merges(analysis: Analysis, axis: PromptAxis) -> bool:
+    """Whether prompts of different lengths are padded to the longest of a call, with masks that take it out again.
+
+    Encoded alone, they would seldom have the same shape. All others are encoded alone, where nothing can mix them up.
+    """
+    prompt = next((a for a in analysis.arguments if a.name.value == "prompt"), None)
+    if prompt is None or not is_text(prompt) or any(p.place == "media" for p in analysis.parameters):
+        return False
+    ragged = [h.node for h in analysis.helpers if _pads_to_longest(h.node)]
+    apart = all(_encodes_with_mask(f) for f in ragged) and not any(_compares(s, axis) for s in analysis.cut.encode)
+    return bool(ragged) and apart and _masked(analysis)
+
+
+def _compares(statement: cst.BaseStatement, axis: PromptAxis) -> bool:
+    """Whether a number is found by comparing the prompts of a call."""
+    calls = (c for c in find(statement, cst.Call) if isinstance(c.func, cst.Name) and c.func.value in ("max", "min"))
+    return any(axis.of(n) for call in calls for a in call.args for n in uses(a.value))
+
+
+def _encodes_with_mask(function: cst.FunctionDef) -> bool:
+    calls = [c for c in find(function, cst.Call) if (self_attribute(c.func) or "").startswith("text_encoder")]
+    return all(any("mask" in n for a in call.args for n in _said(a)) for call in calls)
+
+
+def _said(argument: cst.Arg) -> set[str]:
+    """The keyword of an argument, and the names in it."""
+    keyword = {argument.keyword.value} if argument.keyword is not None else set()
+    return keyword | {n.value for n in find(argument.value, cst.Name)} | {n.attr.value for n in find(argument.value, cst.Attribute)}
+
+
+def _join(analysis: Analysis, cut: Pieces, brought: tuple[str, ...], axis: PromptAxis) -> Join | Unknown:
+    arguments = {a.name.value: a for a in analysis.arguments}
     state = _state_of_a_request(analysis, axis)
     if state is not None:
         return Unknown(f"self.{state} is kept between encoding and denoising and belongs to one request")
@@ -77,7 +102,7 @@ def _join(analysis: Analysis, cut: Pieces) -> Join | Unknown:
         return Unknown("nothing that the loop reads or returns has an entry for each prompt")
     kinds = {n: _kind(share) for n, share in shares.items()}
     return Join(
-        tuple(brought), tuple(n for n in inputs if kinds[n] is Share.ROWS),
+        brought, tuple(n for n in inputs if kinds[n] is Share.ROWS),
         tuple(n for n in inputs if kinds[n] is Share.ROWS and Share.BRANCHES in shares[n]),
         tuple(n for n in inputs if kinds[n] is Share.COUNT), tuple(n for n in inputs if kinds[n] is Share.FACT),
     )  # fmt: skip
