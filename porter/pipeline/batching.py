@@ -81,7 +81,11 @@ def _encodes_with_mask(function: cst.FunctionDef) -> bool:
 def _said(argument: cst.Arg) -> set[str]:
     """The keyword of an argument, and the names in it."""
     keyword = {argument.keyword.value} if argument.keyword is not None else set()
-    return keyword | {n.value for n in find(argument.value, cst.Name)} | {n.attr.value for n in find(argument.value, cst.Attribute)}
+    return (
+        keyword
+        | {n.value for n in find(argument.value, cst.Name)}
+        | {n.attr.value for n in find(argument.value, cst.Attribute)}
+    )
 
 
 def _join(analysis: Analysis, cut: Pieces, brought: tuple[str, ...], axis: PromptAxis) -> Join | Unknown:

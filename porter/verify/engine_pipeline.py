@@ -192,7 +192,15 @@ def one_call(
     """What one call did: steps, calls, first_call, timesteps, output, error, reach."""
     from vllm_omni.diffusion.registry import get_diffusion_pre_process_func
 
-    record: dict[str, Any] = {"steps": [], "calls": 0, "first_call": None, "timesteps": None, "reach": {}, "others": [], "each": []}
+    record: dict[str, Any] = {
+        "steps": [],
+        "calls": 0,
+        "first_call": None,
+        "timesteps": None,
+        "reach": {},
+        "others": [],
+        "each": [],
+    }
     error, outputs, start = None, [], time.perf_counter()
     denoisers = tuple(d.component for d in port.denoisers)
     try:

@@ -122,9 +122,40 @@ def test_two_scheduler_steps_make_one_piece(studio: Studio) -> None:
     assert "more than one place" in port.features["step_execution"].reason
 
 
-def test_prompts_padded_to_the_longest_do_not_share_a_call_without_a_mask(studio: Studio) -> None:
+def test_requests_are_encoded_alone_and_share_the_loop(studio: Studio) -> None:
+    code = printed(studio.port())
+    assert "supports_request_batch: ClassVar[bool] = True" in code
+    assert "self.diffuse(**joined)" in code
+    assert '_rows: ClassVar[tuple[str, ...]] = ("latents", "embeds", "negative_embeds", )' in code
+
+
+def test_prompts_padded_to_the_longest_share_no_encoding_without_a_mask(studio: Studio) -> None:
     port = studio.port(PIPELINE.replace('padding="max_length"', "padding=True"))
+    assert port.features["request_batch"].status == "generated"
+    assert "merge_arguments" not in printed(port)
+
+
+def test_prompts_padded_to_the_longest_share_an_encoding_with_masks(studio: Studio) -> None:
+    source = PIPELINE.replace('padding="max_length"', "padding=True")
+    source = source.replace(
+        "self.text_encoder(ids.to(device))", "self.text_encoder(ids.to(device), attention_mask=ids > 0)"
+    )
+    code = printed(studio.port(source.replace("text=embeds", "mask=height, text=embeds")))
+    assert "merged = self.merge_arguments(requests)" in code
+    assert "join_rows" not in code
+
+
+def test_a_request_whose_state_stays_on_the_pipeline_runs_alone(studio: Studio) -> None:
+    source = PIPELINE.replace(
+        "        height = height or 64\n", "        height = height or 64\n        self._prompt = prompt\n"
+    )
+    source = source.replace(
+        "    def encode_prompt",
+        "    def scaled(self, t):\n        return t * len(self._prompt)\n\n    def encode_prompt",
+    )
+    port = studio.port(source.replace("t.expand(latents.shape[0])", "self.scaled(t).expand(latents.shape[0])"))
     assert port.features["request_batch"].status == "unsupported"
+    assert "self._prompt is kept" in port.features["request_batch"].reason
     assert "supports_request_batch: ClassVar[bool] = False" in printed(port)
 
 

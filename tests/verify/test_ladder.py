@@ -39,7 +39,7 @@ def test_guidance_branches_run_on_two_ranks(bench: Any, port_folder: Path) -> No
 
 
 def test_three_requests_in_a_batch_equal_three_singles(bench: Any, port_folder: Path) -> None:
-    from porter.verify.rungs.modes import batch
+    from porter.verify.rungs.batch import batch
 
     port, _ = find(read_manifest(port_folder), SUBJECT)
     result = batch(bench, port_folder, port, load_spec(SUBJECT))

@@ -234,7 +234,11 @@ class _Walk:
     def _binary(self, node: cst.BinaryOperation) -> Share:
         left, right = self.share(node.left), self.share(node.right)
         found = left | right
-        if isinstance(node.operator, cst.Add) and all(_is_list(n) for n in (node.left, node.right)) and found & Share.ROWS:
+        if (
+            isinstance(node.operator, cst.Add)
+            and all(_is_list(n) for n in (node.left, node.right))
+            and found & Share.ROWS
+        ):
             return _in_rows(found) | Share.BRANCHES
         if not found & Share.COUNT:
             return found

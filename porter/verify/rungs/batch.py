@@ -106,7 +106,9 @@ def _same(name: str, together: dict[str, Any], alone: list[dict[str, Any]]) -> C
             figures["rel_l2"] = max(figures["rel_l2"], error["rel_l2"])
             if error["rel_l2"] > BOUND:
                 shapes = f", shape {error['shape']}, alone {error['expected_shape']}" if "shape" in error else ""
-                problems.append(f"request {index + 1} in a batch differs from itself alone: {error['rel_l2']:.2e}{shapes}")
+                problems.append(
+                    f"request {index + 1} in a batch differs from itself alone: {error['rel_l2']:.2e}{shapes}"
+                )
     if name == TOGETHER and calls >= singly:
         problems.append(f"nothing was shared: {calls} denoiser calls in a batch, {singly} one by one")
     return CaseResult(name, "failed" if problems else "passed", "; ".join(problems[:2]), figures)

@@ -42,9 +42,7 @@ def table_of(bench: Bench, spec: PipelineSpec, names: Iterable[str] | None = Non
     return cases
 
 
-def call_of(
-    bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase, variant: int = 0
-) -> dict[str, Any]:
+def call_of(bench: Bench, spec: PipelineSpec, checkpoint: str, case: RequestCase, variant: int = 0) -> dict[str, Any]:
     """A case as both workers read it: tensors and pictures in files. Each `variant` has others of the same shapes."""
     import torch
 
