@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.facts.pipeline import Guidance, PromptAxis, Regions, Share, prompt_axis
+from porter.facts.pipeline.doubling import Doubled, conditions_of, doubled_names
 from porter.facts.pipeline.liveness import names_of, uses
 from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
@@ -46,7 +47,10 @@ def batching(analysis: Analysis, cut: Pieces) -> Merge | Join | Unknown:
     """How requests share a call of the port, or why they can't."""
     brought = _brought(analysis)
     axis = prompt_axis(cut.encode, brought, {h.name: h.node for h in analysis.helpers})
-    return Merge() if _merges(analysis, axis) else _join(analysis, cut, brought, axis)
+    if _shares_encoding(analysis, axis, padded=True):
+        return Merge()
+    found = _join(analysis, cut, brought, axis)
+    return Merge() if isinstance(found, Unknown) and _shares_encoding(analysis, axis, padded=False) else found
 
 
 def _brought(analysis: Analysis) -> tuple[str, ...]:
@@ -54,17 +58,19 @@ def _brought(analysis: Analysis) -> tuple[str, ...]:
     return tuple(p.name for p in analysis.parameters if _is_brought(p, arguments[p.name]))
 
 
-def _merges(analysis: Analysis, axis: PromptAxis) -> bool:
-    """Whether prompts of different lengths are padded to the longest of a call, with masks that take it out again.
+def _shares_encoding(analysis: Analysis, axis: PromptAxis, *, padded: bool) -> bool:
+    """Whether one call with all prompts gives each what a call of its own gives.
 
-    Encoded alone, they would seldom have the same shape. All others are encoded alone, where nothing can mix them up.
+    `padded`: prompts of different lengths are padded to the longest of a call, and masks take that out again. Encoded
+    alone they would seldom have the same shape. Otherwise their shapes are equal anyway.
     """
     prompt = next((a for a in analysis.arguments if a.name.value == "prompt"), None)
     if prompt is None or not is_text(prompt) or any(p.place == "media" for p in analysis.parameters):
         return False
+    if any(_compares(s, axis) for s in analysis.cut.encode):
+        return False
     ragged = [h.node for h in analysis.helpers if _pads_to_longest(h.node)]
-    apart = all(_encodes_with_mask(f) for f in ragged) and not any(_compares(s, axis) for s in analysis.cut.encode)
-    return bool(ragged) and apart and _masked(analysis)
+    return bool(ragged) is padded and (not ragged or (all(map(_encodes_with_mask, ragged)) and _masked(analysis)))
 
 
 def _compares(statement: cst.BaseStatement, axis: PromptAxis) -> bool:
@@ -96,6 +102,10 @@ def _join(analysis: Analysis, cut: Pieces, brought: tuple[str, ...], axis: Promp
     inputs = cut.loop_inputs
     same = _iterated(analysis) & set(inputs)
     shares = {n: Share.FACT if n in same else axis.of(n) for n in inputs}
+    doubled = _doubled_elsewhere(analysis)
+    for name in inputs:
+        if name in doubled:
+            return Unknown(f"{name} has the prompts along axis {doubled[name]}")
     texts = [n for n in inputs if n in brought and is_text(arguments[n])]
     if texts:
         return Unknown(f"the loop itself reads the request's {texts[0]}")
@@ -124,6 +134,16 @@ def _is_brought(parameter: Parameter, argument: cst.Param) -> bool:
     if text and set(re.findall(r"\w+", text)) <= _SETTINGS:
         return False
     return parameter.place in ("prompt", "media") or parameter.name == "generator" or "Tensor" in text
+
+
+def _doubled_elsewhere(analysis: Analysis) -> dict[str, int]:
+    """Variables whose guidance branches, and so whose prompts, lie along another axis than the first."""
+    guide = analysis.guidance
+    if not isinstance(guide, Guidance) or guide.condition is None:
+        return {}
+    conditions = conditions_of(guide.condition, analysis.cut.encode)
+    found = doubled_names(analysis.cut.encode, conditions, {h.name: h.node for h in analysis.helpers})
+    return {n: value.dim for n, value in found.items() if isinstance(value, Doubled) and value.dim}
 
 
 def _iterated(analysis: Analysis) -> set[str]:
