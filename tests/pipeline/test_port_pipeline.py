@@ -146,7 +146,7 @@ def test_prompts_padded_to_the_longest_share_an_encoding_with_masks(studio: Stud
 
 
 def test_a_request_whose_state_stays_on_the_pipeline_runs_alone(studio: Studio) -> None:
-    source = PIPELINE.replace(
+    source = PIPELINE.replace('padding="max_length"', "padding=True").replace(
         "        height = height or 64\n", "        height = height or 64\n        self._prompt = prompt\n"
     )
     source = source.replace(
