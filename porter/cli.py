@@ -222,7 +222,7 @@ def bench(
     depth: Annotated[int | None, typer.Option(min=1, help="Layers in all (default: the real number).")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="The corpus' tiny cases: a dry run.")] = False,
     alone: Annotated[bool, typer.Option("--alone", help="Hold one side at a time in memory.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds of timing.")] = 2,
+    rounds: Annotated[int, typer.Option(min=0, help="Interleaved rounds of timing; 0: errors alone.")] = 2,
     steps: Annotated[int, typer.Option(min=0, help="Length of the walk that shows how errors grow.")] = 6,
     budget: Annotated[float, typer.Option(help="Seconds in all.")] = 3600.0,
     step_seconds: Annotated[float, typer.Option(help="Most seconds of one step of one side.")] = 180.0,

@@ -27,7 +27,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, default=3600.0, help="seconds in all")
     p.add_argument("--step-seconds", type=float, default=180.0, help="most seconds of one step of one side")
     p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--no-timing", action="store_true", help="agreement only")
     p.add_argument("--cards", type=int, choices=(1, 2), default=1, help="2: tensor, sequence and guidance parallel")
     p.add_argument("--modes", default="tp,ulysses,cfg", help="of --cards 2")
     return p
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(
         given.device, given.generated, given.out, names(given.sides), names(given.cases), given.most_cases,
         given.depth, given.tiny, given.alone, given.rounds, given.steps, given.budget, given.step_seconds,
-        given.threads, not given.no_timing,
+        given.threads,
     )  # fmt: skip
     return run(given.names, options, cards=given.cards, modes=names(given.modes))
 

@@ -31,7 +31,8 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a run does. `steps` is the length of the walk that shows how errors grow; 0 leaves it out."""
+    """What a run does. `steps` is the length of the walk that shows how errors grow; 0 leaves it out. Without rounds
+    nothing is timed: the errors are all that is found."""
 
     device: str = "cuda"
     generated: Path = Path("generated")
@@ -47,7 +48,6 @@ class Options:
     budget: float = 3600.0
     step_seconds: float = STEP_SECONDS
     threads: int = 1
-    timing: bool = True
 
 
 Say = Callable[[str], None]
@@ -239,7 +239,7 @@ class Subject:
             self._agree(prepared)
             for side in ready:
                 self._look(side)
-            for index in range(self.options.rounds if self.options.timing else 0):
+            for index in range(self.options.rounds):
                 for side in ready if index % 2 == 0 else reversed(ready):
                     self._time(side)
             for side in ready:
@@ -250,11 +250,11 @@ class Subject:
         self._agree(prepared)
 
     def _one_by_one(self, present: list[Side], prepared: bool) -> None:
-        for index in range(max(1, self.options.rounds if self.options.timing else 1)):
+        for index in range(max(1, self.options.rounds)):
             for side in present if index % 2 == 0 else list(reversed(present)):
                 if self.budget.spent() or not self._prepare(side):
                     continue
-                if self.options.timing:
+                if self.options.rounds:
                     self._time(side)
                 if index == 0:
                     self._look(side)

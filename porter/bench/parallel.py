@@ -169,7 +169,7 @@ class Pair:
             ran = self._all(world, {**job, "job": "run", "out": str(out)})
             found["calls"] = [a["calls"] for a in ran]
             found[stage] = {"compiled": ran[0]["compiled"]}
-            if self.options.timing:
+            if self.options.rounds:
                 rounds = [self._all(world, {**job, "job": "time"}) for _ in range(self.options.rounds)]
                 found[stage]["rounds"] = [[a["round"] for a in answers] for answers in rounds]
         self._all(world, {"job": "release"})

@@ -1,4 +1,5 @@
-"""The Diffusers side: a denoiser built as `from_pretrained` does, eager or compiled by blocks. No engine, no port."""
+"""The Diffusers side: a denoiser built as `from_pretrained` does, eager or compiled by blocks. No port; no engine, either,
+but for the adapter's side, which is the same class in a process of the engine."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class DiffusersSubject:
         self.facts: dict[str, Any] = {}
         self._compile = bool(job.get("compile"))
         self._options: dict[str, Any] = dict(job.get("compile_options") or {})
-        self._backends: list[str] = list(job.get("backends") or ["native"])
+        self._first = bool(job.get("first_backend"))
+        self._backends: list[str] = list(job.get("backends") or (adapter_backends() if self._first else ["native"]))
         self._chosen: dict[str, str] = {}
         if self.reference:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -120,12 +122,12 @@ class DiffusersSubject:
         times: dict[str, float] = {}
         refused: dict[str, str] = {}
         for backend in sorted(self._backends, key=lambda b: b not in self._chosen.values()):
-            if times and self._chosen:
+            if times and (self._chosen or self._first):
                 break
             try:
                 self._set(backend)
                 self.call(inputs)
-                several = len(self._backends) > 1
+                several = len(self._backends) > 1 and not self._first
                 times[backend] = (
                     statistics.median(clock.spans(lambda: self.call(inputs), 4, self.device)) if several else 0.0
                 )
@@ -141,6 +143,13 @@ class DiffusersSubject:
 
     def close(self) -> None:
         del self.model
+
+
+def adapter_backends() -> list[str]:
+    """Attention backends in the order in which the engine's adapter tries them; it keeps the first that can be set."""
+    from vllm_omni.diffusion.models.diffusers_adapter import pipeline_diffusers_adapter as adapter
+
+    return [*adapter.CUDA_FLASH_ATTENTION_BACKEND_ATTEMPTS, "native"]
 
 
 @contextlib.contextmanager

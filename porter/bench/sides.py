@@ -19,7 +19,10 @@ BACKENDS = ("_flash_3", "native")
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """`program` is the worker's side; `label` is for people; `subject` is reference, diffusers, hand or port."""
+    """`program` is the worker's side: diffusers, engine, or adapter (Diffusers' class in a process of the engine).
+
+    `label` is for people; `subject` is reference, diffusers, hand or port.
+    """
 
     name: str
     label: str
@@ -34,13 +37,14 @@ SIDES = {
     for s in (
         Side("diffusers-eager", "Diffusers eager", "diffusers", "diffusers"),
         Side("diffusers-tuned", "Diffusers compiled, best attention", "diffusers", "diffusers", compiled=True),
+        Side("adapter", "engine's Diffusers adapter", "adapter", "diffusers"),
         Side("hand-eager", "engine's hand port eager", "engine", "hand"),
         Side("hand-compiled", "engine's hand port compiled", "engine", "hand", compiled=True),
         Side("port-eager", "generated port eager", "engine", "port"),
         Side("port-compiled", "generated port compiled", "engine", "port", compiled=True),
     )
 }
-SAME_MODE = {"port-eager": "diffusers-eager", "hand-eager": "diffusers-eager",
+SAME_MODE = {"port-eager": "diffusers-eager", "hand-eager": "diffusers-eager", "adapter": "diffusers-eager",
              "port-compiled": "diffusers-tuned", "hand-compiled": "diffusers-tuned"}  # fmt: skip
 
 
@@ -72,6 +76,8 @@ def load_job(
         job |= {"compile": True, "compile_options": {} if cuda else {"backend": "eager"}}
     if side.subject == "reference":
         return job | {"reference": True, "buffers": buffers}
+    if side.program == "adapter":
+        return job | {"first_backend": True, "backends": [] if cuda else ["native"]}
     if side.subject == "diffusers":
         return job | {"backends": list(BACKENDS if side.compiled and cuda else ("native",))}
     row = subject_of(side.subject, denoiser, manifest, generated)

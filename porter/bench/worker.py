@@ -1,4 +1,4 @@
-"""A process of one side: `python -m porter.bench.worker SIDE RANK`, started by `drive`. SIDE is diffusers or engine.
+"""A process of one side: `python -m porter.bench.worker SIDE RANK`, started by `drive`. SIDE is diffusers, engine or adapter.
 
 Reads one JSON job per line on stdin, answers one JSON line each on the original stdout; tensors travel in files.
 Jobs: load, compile, run, sequence, time, count, layers, walk, release, ceilings. One denoiser is loaded at a time.
@@ -252,7 +252,7 @@ def main() -> None:
     side, rank = sys.argv[1], int(sys.argv[2])
     reply = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    if side == "engine":
+    if side in ("engine", "adapter"):
         from porter.verify.platform import bootstrap
 
         bootstrap.activate()
@@ -266,7 +266,7 @@ def main() -> None:
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
-    if side == "engine":
+    if side in ("engine", "adapter"):
         import vllm_omni.diffusion.registry
         import vllm_omni.diffusion.worker.diffusion_worker  # noqa: F401
     device = describe(rank)

@@ -73,6 +73,7 @@ def test_the_readme_table_is_printed_from_the_record(stored: Path, capsys: pytes
         "12.05 (10.00)",
         "8.05",
         "",
+        "",
         "7.05",
         "0.876 ± 0.014",
         "",
@@ -80,6 +81,17 @@ def test_the_readme_table_is_printed_from_the_record(stored: Path, capsys: pytes
     ]
     assert "| 2 x Card <1> | cfg | 5.0 | 1.90 |" in said and "1 and 1 of 2 calls" in said
     assert "- Card <1>, 2026-01-01, torch 2, 500 TFLOP/s" in said
+
+
+def test_errors_are_counted_and_those_above_the_bound_are_named() -> None:
+    data = record()
+    good = data["denoisers"]["Model"]
+    data["denoisers"]["Wrong"] = {**good, "agreement": {"small": {
+        "diffusers-tuned": {"reference": 2e-3}, "port-compiled": {"reference": 5e-3}}}}  # fmt: skip
+    data["denoisers"]["Unknown"] = {**good, "agreement": {}}
+    text = performance.errors(data)
+    assert "1 of 2 denoisers lose at most 1.1 times" in text and text.rstrip().endswith("Above it: `Wrong` 2.50.")
+    assert performance.errors({**data, "denoisers": {}}) == ""
 
 
 def test_the_readme_holds_the_table_of_the_kept_records(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLOURS = {
-    "diffusers-eager": "#9aa5b1", "diffusers-tuned": "#52606d", "hand-eager": "#f6c28b", "hand-compiled": "#de7c2b",
+    "diffusers-eager": "#9aa5b1", "diffusers-tuned": "#52606d", "adapter": "#7c5e99",
+    "hand-eager": "#f6c28b", "hand-compiled": "#de7c2b",
     "port-eager": "#8ec5f0", "port-compiled": "#2374ab", "reference": "#222222",
 }  # fmt: skip
 MARKS = {"eager": "o", "compiled": "s", "tuned": "s"}
