@@ -1,7 +1,8 @@
 """What is run: a denoiser at its real size, as data: benchmarks/workloads/<DenoiserClass>.yaml.
 
 The format is that of tests/corpus/configs (`porter.verify.cases`), with one key more: `depth`, the constructor
-parameters that count layers and their defaults. `base` is what differs from the constructor's defaults, mostly nothing.
+parameters that count layers and how many the whole model has. `base` is what differs from the constructor's defaults,
+mostly nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TINY_CASES = 2
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Cases of one denoiser. `depth` is {layer count parameter: (layers run, layers of the default)}; empty: tiny."""
+    """Cases of one denoiser. `depth` is {layer count parameter: (layers run, layers of the whole)}; empty: tiny."""
 
     denoiser: str
     cases: tuple[ModuleCase, ...]
@@ -63,7 +64,7 @@ def load_workload(
         raise VerifyError(f"{path}: not valid YAML: {error}") from None
     layers = data.pop("depth", None) if isinstance(data, dict) else None
     if not isinstance(layers, dict) or not layers or not all(isinstance(n, int) and n > 0 for n in layers.values()):
-        raise VerifyError(f"{path}: depth maps the parameters that count layers to their defaults")
+        raise VerifyError(f"{path}: depth maps the parameters that count layers to their numbers")
     cut = cut_depth(layers, depth)
     config = {**data.get("base", {}), **{k: run for k, (run, whole) in cut.items() if run != whole}}
     cases = _chosen(parse_cases(data | {"base": config}, str(path), denoiser), only, str(path))
@@ -80,7 +81,7 @@ def tiny_workload(denoiser: str, *, only: tuple[str, ...] = (), most: int | None
 
 
 def cut_depth(layers: Mapping[str, int], depth: int | None) -> dict[str, tuple[int, int]]:
-    """`depth` layers in all, shared out as the default does, at least one of each kind."""
+    """`depth` layers in all, shared out as in the whole model, at least one of each kind."""
     whole = sum(layers.values())
     if depth is None or depth >= whole:
         return {k: (n, n) for k, n in layers.items()}

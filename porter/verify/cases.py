@@ -8,8 +8,8 @@
       - {name: no-norm, config: {qk_norm: null}, inputs: {guidance: {values: [3.5, 1.0]}, txt_ids: absent}}
 
 An input is one of: randn / zeros / ones {shape}, randint {shape, high}, values (nested numbers), mask (valid lengths,
-with width), grid ([rows, columns] -> ids of 3 axes), tuples (nested lists whose innermost lists become tuples),
-literal (as it is), map (names to inputs), list (inputs), or `absent`.
+with width), grid ([rows, columns] -> ids of 3 axes), range ([first, end] -> whole numbers), tuples (nested lists whose
+innermost lists become tuples), literal (as it is), map (names to inputs), list (inputs), or `absent`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ KINDS: dict[str, frozenset[str]] = {
     "values": frozenset({"dtype"}),
     "mask": frozenset({"width", "dtype"}),
     "grid": frozenset({"axes"}),
+    "range": frozenset(),
     "tuples": frozenset(),
     "literal": frozenset(),
     "map": frozenset(),
@@ -124,6 +125,8 @@ def check_input(spec: Any, where: str) -> None:
         raise VerifyError(f"{where}: dtype is one of {', '.join(DTYPES)}")
     if kind in ("randn", "zeros", "ones", "randint") and not _is_shape(spec[kind]):
         raise VerifyError(f"{where}: {kind} takes a shape, a list of whole numbers")
+    if kind == "range" and not (_is_shape(spec["range"]) and len(spec["range"]) == 2):
+        raise VerifyError(f"{where}: range takes the first number and the end")
     if kind == "mask" and max(spec["mask"]) > spec.get("width", max(spec["mask"])):
         raise VerifyError(f"{where}: a length is greater than the width")
     if kind == "map":
@@ -172,6 +175,8 @@ def build_input(spec: Mapping[str, Any], generator: torch.Generator) -> Any:
             ids[..., -2] = torch.arange(rows)[:, None]
             ids[..., -1] = torch.arange(columns)[None]
             return ids.reshape(rows * columns, -1)
+        case "range":
+            return torch.arange(*value)
         case "tuples":
             return _tuples(value)
         case "map":

@@ -29,7 +29,8 @@ def defaults_of(cls: str) -> dict[str, Any]:
 def test_depth_is_that_of_the_constructor_and_inputs_are_parameters(denoiser: str) -> None:
     workload = load_workload(denoiser)
     defaults = defaults_of(denoiser)
-    assert {k: whole for k, (_, whole) in workload.depth.items()} == {k: defaults[k] for k in workload.depth}
+    layers = {**defaults, **workload.config}
+    assert {k: whole for k, (_, whole) in workload.depth.items()} == {k: layers[k] for k in workload.depth}
     assert set(workload.config) <= set(defaults)
     assert workload.full and workload.cases
 

@@ -33,6 +33,7 @@ PIPELINES = sorted(p.stem for p in (corpus_root() / "pipelines").glob("*.yaml"))
         ({"inputs": {"x": {"randn": [2, "a"]}}}, "takes a shape"),
         ({"inputs": {"x": {"randn": [2], "width": 3}}}, "takes no width"),
         ({"inputs": {"x": {"mask": [5], "width": 4}}}, "greater than the width"),
+        ({"inputs": {"x": {"range": [5]}}}, "first number and the end"),
         ({"cases": [{"name": "a"}, {"name": "a"}]}, "used twice"),
         ({"cases": [{"name": "a", "konfig": {}}]}, "unknown key konfig"),
         ({"cases": [{}]}, "name missing"),
@@ -51,10 +52,12 @@ def test_an_absent_input_is_not_passed() -> None:
 def test_inputs_are_the_same_for_the_same_seed_whatever_the_order() -> None:
     torch = pytest.importorskip("torch")
     specs = {"b": {"randn": [3]}, "a": {"randn": [3]}, "m": {"mask": [2, 3]}, "t": {"tuples": [[1, 2], [3, 4]]}}
+    specs["r"] = {"range": [28, 31]}
     one, two = build_inputs(specs, 5), build_inputs(dict(reversed(specs.items())), 5)
     assert torch.equal(one["a"], two["a"]) and torch.equal(one["b"], two["b"])
     assert one["m"].tolist() == [[True, True, False], [True, True, True]]
     assert one["t"] == [(1, 2), (3, 4)]
+    assert one["r"].tolist() == [28, 29, 30]
 
 
 def _constructor(class_name: str) -> ast.FunctionDef:
