@@ -7,6 +7,7 @@ import builtins
 from collections.abc import Mapping
 
 from porter.model import Diagnostic, Span
+from porter.source.syntax import children, walk
 
 LEFTOVERS = frozenset({"dispatch_attention_fn", "register_to_config", "set_attn_processor", "gradient_checkpointing",
                        "_gradient_checkpointing_func", "apply_lora_scale", "scale_lora_layers", "set_processor",
@@ -25,7 +26,7 @@ def _check(name: str, file: str | ast.Module) -> list[Diagnostic]:
         return [Diagnostic("PORT601", f"{name} does not parse: {error.msg}", Span(name, error.lineno or 1))]
     found = [
         Diagnostic("PORT603", f"{name} still uses {used}", Span(name, node.lineno))
-        for node in ast.walk(module)
+        for node in walk(module)
         if isinstance(node, (ast.Name, ast.Attribute, ast.alias))
         and not _of_component(node)
         and (used := getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))) in LEFTOVERS
@@ -70,7 +71,7 @@ def _scope(body: list[ast.stmt], outer: frozenset[str], found: list[tuple[str, i
             continue
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in visible:
             found.append((node.id, node.lineno))
-        stack += list(ast.iter_child_nodes(node))
+        stack += children(node)
 
 
 def _binds(body: list[ast.stmt]) -> set[str]:
@@ -90,5 +91,5 @@ def _binds(body: list[ast.stmt]) -> set[str]:
             bound |= {(a.asname or a.name).split(".")[0] for a in node.names}
         elif isinstance(node, ast.ExceptHandler) and node.name:
             bound.add(node.name)
-        stack += list(ast.iter_child_nodes(node))
+        stack += children(node)
     return bound

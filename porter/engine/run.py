@@ -36,10 +36,17 @@ def run_rules(
     edits: list[Planned] = []
     for each in PHASES if phase is None else (phase,):
         for stratum in rules.strata(each, scope):
-            unit = replace(unit, definitions=tuple(cache.unshared(d) for d in unit.definitions))
+            unit = _unshared(unit, cache)
             step = plan(unit, stratum, cache)
             unit = apply(unit, step.edits, cache) if step.edits else unit
             found.update(dict.fromkeys(step.diagnostics))
             statuses += step.statuses
             edits += step.edits
     return Outcome(unit, tuple(found), tuple(statuses), tuple(edits))
+
+
+def _unshared(unit: Unit, cache: IndexCache) -> Unit:
+    """The unit with each node once; the very same one if it is so already, for what is known about it is kept by it."""
+    definitions = tuple(cache.unshared(d) for d in unit.definitions)
+    changed = any(new is not old for new, old in zip(definitions, unit.definitions, strict=True))
+    return replace(unit, definitions=definitions) if changed else unit

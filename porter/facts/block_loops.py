@@ -14,9 +14,7 @@ from porter.source import tree
 def plain_loops(forward: cst.FunctionDef) -> set[str]:
     """Attributes of which every loop in `forward` only calls one block after the other. What is added after a block only if an
     optional parameter is given (residuals of a ControlNet) does not count."""
-    optional = {
-        p.name.value for p in tree.parameters(forward) if p.default is not None and tree.code(p.default) == "None"
-    }
+    optional = {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)}
     seen: dict[str, bool] = {}
     for loop in tree.find(forward.body, cst.For):
         for attribute in {a for n in tree.find(loop.iter, cst.Attribute) if (a := tree.self_attribute(n)) is not None}:

@@ -117,7 +117,7 @@ def broadcast_axes(node: cst.BaseExpression) -> int:
     """How many of the last axes of a tensor have length one by construction: `m[:, :, None, None]` two, `m.unsqueeze(-1)`
     one, `m.view(b, -1, 1, 1)` two."""
     if isinstance(node, cst.Subscript):
-        last = [isinstance(e.slice, cst.Index) and tree.code(e.slice.value) == "None" for e in reversed(node.slice)]
+        last = [isinstance(e.slice, cst.Index) and tree.is_none(e.slice.value) for e in reversed(node.slice)]
         return last.index(False) if False in last else 0
     if not isinstance(node, cst.Call) or not isinstance(node.func, cst.Attribute):
         return 0

@@ -245,7 +245,8 @@ class Follower:
         target = node.targets[0].target
         if isinstance(target, cst.Name):
             self.halves.discard(target.value)
-            if tree.code(node.value).endswith(".shape[-1] // 2"):
+            halved = isinstance(node.value, cst.BinaryOperation) and isinstance(node.value.operator, cst.FloorDivide)
+            if halved and tree.code(node.value).endswith(".shape[-1] // 2"):
                 self.halves.add(target.value)
 
     def side_by_side(self, value: Flow, count: int) -> None:

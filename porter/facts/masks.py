@@ -99,7 +99,7 @@ def _read_elsewhere(
     inside = {id(n) for site in sites for n in tree.walk(site)}
     harmless = {id(n) for n in handed} | {id(t.target) for t in tree.find(method.body, cst.AssignTarget)}
     for node in nodes[start:]:
-        if isinstance(node, cst.Comparison) and tree.code(node.comparisons[0].comparator) == "None":
+        if isinstance(node, cst.Comparison) and tree.is_none(node.comparisons[0].comparator):
             harmless |= {id(n) for n in tree.walk(node)}
         if isinstance(node, cst.Name) and node.value == name and id(node) not in inside | harmless:
             return True

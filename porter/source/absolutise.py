@@ -15,6 +15,7 @@ import libcst as cst
 
 from porter.source.marks import Mark
 from porter.source.names import BUILTINS, DOT, absolute, dotted
+from porter.source.syntax import children, walk
 from porter.source.tree import find, replace_nodes
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class _Scanner:
         self._mark(node)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             for annotation in [node.returns, *(a.annotation for a in _all_args(node.args))]:
-                self.quoted |= {n for n in ast.walk(annotation) if isinstance(n, ast.Constant)} if annotation else set()
+                self.quoted |= {n for n in walk(annotation) if isinstance(n, ast.Constant)} if annotation else set()
             for each in [*node.decorator_list, node.returns, *_defaults(node.args)]:
                 self.expression(each, scopes)
             inner = (*scopes, bound_names(node))
@@ -121,7 +122,7 @@ class _Scanner:
         elif isinstance(node, (ast.Global, ast.Nonlocal)):
             return
         else:
-            for child in ast.iter_child_nodes(node):
+            for child in children(node):
                 self._any(child, scopes)
 
     def _local_import(self, node: ast.Import | ast.ImportFrom, inside: bool) -> None:
@@ -168,7 +169,7 @@ class _Scanner:
                     continue
             if isinstance(top, ast.Lambda):
                 here = (*here, frozenset(a.arg for a in _all_args(top.args)))
-            stack.extend((child, here) for child in ast.iter_child_nodes(top))
+            stack += [(child, here) for child in children(top)]
 
     def _quoted(self, node: ast.Constant, scopes: tuple[frozenset[str], ...]) -> None:
         """A forward reference in an annotation is a reference; the definitions of a port are in order of use."""
@@ -202,12 +203,19 @@ class _Scanner:
         for name, value in ast.iter_fields(node):
             if name not in ("body", "orelse", "decorator_list", "handlers", "finalbody"):
                 header += value if isinstance(value, list) else [value]
-        ends = [getattr(e, "end_lineno", 0) or 0 for h in header if isinstance(h, ast.AST) for e in ast.walk(h)]
+        ends = [e.end_lineno or 0 for h in header for e in _placed(h)]
         line = max([node.lineno, *ends])
         body = node.body[0].lineno  # type: ignore[attr-defined]
         while not self.module.lines[line - 1].split("#")[0].rstrip().endswith(":") and line < body:
             line += 1
         return line
+
+
+def _placed(part: object) -> list[ast.expr | ast.arg]:
+    """The outermost nodes of a part of a header that know their lines; a list of parameters does not."""
+    if isinstance(part, (ast.arguments, ast.withitem)):
+        return [each for child in children(part) for each in _placed(child)]
+    return [part] if isinstance(part, (ast.expr, ast.arg, ast.keyword)) else []  # type: ignore[list-item]
 
 
 def _path(node: ast.expr) -> str | None:
@@ -244,7 +252,7 @@ def bound_names(function: ast.FunctionDef | ast.AsyncFunctionDef) -> frozenset[s
 
 def _walk_body(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.AST]:
     for stmt in function.body:
-        yield from ast.walk(stmt)
+        yield from walk(stmt)
 
 
 def _format_strings(node: cst.CSTNode, scanner: _Scanner) -> cst.CSTNode:

@@ -297,6 +297,11 @@ def call_name(node: cst.CSTNode) -> str | None:
     return dotted(func)
 
 
+def is_none(node: cst.CSTNode | None) -> bool:
+    """Whether a node is the literal None; False where there is no node."""
+    return isinstance(node, cst.Name) and node.value == "None"
+
+
 def self_attribute(node: cst.CSTNode) -> str | None:
     """`x` for `self.x`, else None."""
     if isinstance(node, cst.Attribute) and isinstance(node.value, cst.Name) and node.value.value == "self":

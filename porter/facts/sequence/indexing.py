@@ -17,7 +17,7 @@ def indexed(x: Tokens, node: cst.Subscript, value_of: ValueOf) -> Value:
     """`x[...]` of tokens: the token axis only by whole streams."""
     spelled = [e.slice for e in node.slice]
     dots = [i for i, e in enumerate(spelled) if isinstance(e, cst.Index) and isinstance(e.value, cst.Ellipsis)]
-    taken = sum(not (isinstance(e, cst.Index) and (isinstance(e.value, cst.Ellipsis) or tree.code(e.value) == "None"))
+    taken = sum(not (isinstance(e, cst.Index) and (isinstance(e.value, cst.Ellipsis) or tree.is_none(e.value)))
                 for e in spelled)  # fmt: skip
     axis = 0
     result, removed, added = x, 0, 0
@@ -25,7 +25,7 @@ def indexed(x: Tokens, node: cst.Subscript, value_of: ValueOf) -> Value:
         if position in dots:
             axis += x.rank - taken
             continue
-        if isinstance(each, cst.Index) and tree.code(each.value) == "None":
+        if isinstance(each, cst.Index) and tree.is_none(each.value):
             added += axis <= x.axis
             result = Tokens(result.rank + 1, result.axis, result.parts)
             continue

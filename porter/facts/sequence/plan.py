@@ -124,9 +124,7 @@ def _plan(unit: Unit, library: Library | None) -> SequencePlan | Unknown:
 
 def _refusals(forward: cst.FunctionDef) -> list[tuple[str, ...]]:
     """Sets of optional inputs to do without: first none of them."""
-    optional = [
-        p.name.value for p in tree.parameters(forward) if p.default is not None and tree.code(p.default) == "None"
-    ]
+    optional = [p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)]
     residuals = tuple(n for n in optional if "controlnet" in n or "cache" in n)
     masks = tuple(n for n in optional if n == "attention_mask")
     return list(dict.fromkeys([(), residuals, masks, (*residuals, *masks)]))

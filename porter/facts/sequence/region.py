@@ -49,10 +49,8 @@ def maybe_none(forward: cst.FunctionDef) -> set[str]:
     given: set[str] = set()
     for assign in tree.find(forward.body, cst.Assign):
         names = [n for t in assign.targets for n in _names(t.target)]
-        (absent if tree.code(assign.value) == "None" else given).update(names)
-    defaults = {
-        p.name.value for p in tree.parameters(forward) if p.default is not None and tree.code(p.default) == "None"
-    }
+        (absent if tree.is_none(assign.value) else given).update(names)
+    defaults = {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)}
     return absent | (defaults - given)
 
 

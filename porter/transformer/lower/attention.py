@@ -51,7 +51,7 @@ def lower_attention(
             text = ", ".join(sorted(unknown))
             return LoweredAttention((), (), (Diagnostic("PORT302", f"{node.name.value}: keyword {text}"),))
         scale: str | None = None
-        if "scale" in bound and tree.code(bound["scale"]) != "None":
+        if "scale" in bound and not tree.is_none(bound["scale"]):
             scale = _known_in_constructor(bound["scale"], node)
             if scale is None:  # depends on the input: the layer does not scale, the query is scaled
                 scale = "1.0"
@@ -125,7 +125,7 @@ def _base(size: str) -> str:
 
 
 def _has_mask(bound: dict[str, cst.BaseExpression]) -> bool:
-    return "attn_mask" in bound and tree.code(bound["attn_mask"]) != "None"
+    return "attn_mask" in bound and not tree.is_none(bound["attn_mask"])
 
 
 def _call(bound: dict[str, cst.BaseExpression], layout: str, layer: str) -> cst.BaseExpression:
