@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 import sys
+from copy import copy
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from porter.cycles import no_search_for_cycles
 from porter.exits import EXAMPLES, INTERNAL, INTERRUPTED, OK, USAGE
 from porter.resources import CORPUS
 from porter.verify.outcome import Again
@@ -80,9 +82,11 @@ def convert(
     evidence: Evidence = EVIDENCE,
 ) -> None:
     """Write the ports of classes."""
-    from porter.commands import convert as run
+    with no_search_for_cycles():  # nor while the compiler is imported
+        from porter.commands import convert as run
 
-    raise typer.Exit(run(classes or [], everything, diff, out, source, rules, fmt.value, threshold.value, evidence))
+        code = run(classes or [], everything, diff, out, source, rules, fmt.value, threshold.value, evidence)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -340,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     usage_error: Any = typer.BadParameter.__mro__[1]  # typer exports no name for it
     try:
-        result = typer.main.get_command(app).main(args=given, prog_name="porter", standalone_mode=False)
+        result = _command(given).main(args=given, prog_name="porter", standalone_mode=False)
         return result if isinstance(result, int) else OK
     except typer.Exit as stop:
         return stop.exit_code
@@ -366,6 +370,15 @@ def main(arguments: list[str] | None = None) -> int:
         hint = "" if "--debug" in given else "; run again as `porter --debug ...` for a traceback"
         print(f"porter: internal error (PORT015): {type(error).__name__}: {error}{hint}", file=sys.stderr)
         return INTERNAL
+
+
+def _command(given: list[str]) -> Any:  # noqa: ANN401 - typer exports no name for it
+    """The program; of a command that is named first, only this one is built."""
+    named = [c for c in app.registered_commands if given and c.callback and c.callback.__name__ == given[0]]
+    chosen = copy(app) if named else app
+    if named:
+        chosen.registered_commands, chosen.registered_groups = named, []
+    return typer.main.get_command(chosen)
 
 
 def entry() -> NoReturn:

@@ -60,15 +60,32 @@ def catalogue() -> Mapping[str, Entry]:
     return {code: msgspec.convert({"code": code, **fields}, Entry) for code, fields in data.items()}
 
 
+@lru_cache(maxsize=128)
+def find(code: str) -> Entry | None:
+    """The entry of a code, or None; only its part of the catalogue is parsed."""
+    import msgspec
+
+    from porter.engine.yamltext import parse
+
+    text = FILE.read_text(encoding="utf-8")
+    begin = next((m for m in _CODE.finditer(text) if m[1] == code), None)
+    if begin is None:
+        return None
+    following = _CODE.search(text, begin.end())
+    data = parse(text[begin.start() : following.start() if following else None], FILE.name).data
+    assert isinstance(data, dict)
+    return msgspec.convert({"code": code, **data[code]}, Entry)
+
+
 def entry(code: str) -> Entry:
     """The entry of a code. Raises KeyError with a hint for a code that is not in the catalogue."""
-    try:
-        return catalogue()[code]
-    except KeyError:
-        raise KeyError(f"{code} is no diagnostic; add it to {FILE.name}") from None
+    found = find(code)
+    if found is None:
+        raise KeyError(f"{code} is no diagnostic; add it to {FILE.name}")
+    return found
 
 
 def effort_of(code: str) -> Effort:
     """The effort of a code; `high` if it is unknown, so that nothing unknown is taken lightly."""
-    found = catalogue().get(code)
+    found = find(code)
     return found.effort if found else "high"

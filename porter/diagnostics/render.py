@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from porter.diagnostics.catalogue import catalogue, effort_of
+from porter.diagnostics.catalogue import catalogue, effort_of, find
 from porter.model import Diagnostic
 
 FORMATS = ("rich", "json", "sarif", "github")
@@ -48,7 +48,7 @@ def lines_of(*roots: Path) -> SourceLine:
 
 def person(found: Diagnostic, source: SourceLine | None = None) -> str:
     """One diagnostic as a person reads it: code and effort, place and source line, what it means, what to do."""
-    entry = catalogue().get(found.code)
+    entry = find(found.code)
     title = f"{found.code} {entry.name if entry else ''}".rstrip()
     effort = f"effort: {effort_of(found.code)}"
     lines = [f"{title}{effort:>{max(len(effort) + 2, _WIDTH - len(title))}}"]
@@ -67,7 +67,7 @@ def person(found: Diagnostic, source: SourceLine | None = None) -> str:
 
 def as_dict(found: Diagnostic) -> dict[str, object]:
     """One diagnostic as plain data; the shape of `--format json` and of `port.json`."""
-    entry = catalogue().get(found.code)
+    entry = find(found.code)
     return {
         "code": found.code,
         "name": entry.name if entry else None,
@@ -143,7 +143,7 @@ def render_github(diagnostics: Iterable[Diagnostic]) -> str:
     """Workflow commands that GitHub shows beside the line."""
     lines = []
     for found in diagnostics:
-        entry = catalogue().get(found.code)
+        entry = find(found.code)
         level = _GITHUB[_LEVELS[effort_of(found.code)]]
         fields = {"title": f"{found.code} {entry.name if entry else ''}".strip()}
         if found.span is not None:

@@ -4,7 +4,7 @@ code, so these functions skip the layout and are many times faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -49,6 +49,11 @@ class Table(dict[Key, Found]):
         return found
 
 
+def _below(kind: type, bases: Iterable[type]) -> bool:
+    """`issubclass` for classes that nobody registers with: an ABCMeta asks all subclasses of the base."""
+    return not set(kind.__mro__).isdisjoint(bases)
+
+
 def _find_code_fields(kind: Any) -> tuple[str, ...]:
     """Names of the fields of a node class that hold code rather than layout."""
     return tuple(
@@ -63,11 +68,11 @@ code_fields: Callable[[Any], tuple[str, ...]] = Table(_find_code_fields).__getit
 
 def _find_is_code(kind: Any) -> bool:
     """Whether values of a class are code nodes."""
-    return issubclass(kind, cst.CSTNode) and not issubclass(kind, LAYOUT)
+    return _below(kind, (cst.CSTNode,)) and not _below(kind, LAYOUT)
 
 
 is_code: Table[type, bool] = Table(_find_is_code)
-_may_hold_statements: Table[type, bool] = Table(lambda kind: is_code[kind] and not issubclass(kind, _EXPRESSIONS))
+_may_hold_statements: Table[type, bool] = Table(lambda kind: is_code[kind] and not _below(kind, _EXPRESSIONS))
 
 
 def _find_reader(kind: Any) -> Callable[[Any], tuple[object, ...]] | None:
@@ -122,8 +127,8 @@ def _descend(node: cst.CSTNode, enters: Mapping[type, bool]) -> Iterator[Any]:
 
 def _find_matches(kinds: tuple[type, ...]) -> tuple[Table[type, bool], Table[type, bool]]:
     """For wanted classes: which classes are among them, and which may hold some below."""
-    enters = _may_hold_statements if all(issubclass(k, _STATEMENTS) for k in kinds) else is_code
-    return Table(lambda kind: issubclass(kind, kinds)), enters
+    enters = _may_hold_statements if all(_below(k, _STATEMENTS) for k in kinds) else is_code
+    return Table(lambda kind: _below(kind, kinds)), enters
 
 
 _matches: Table[tuple[type, ...], tuple[Table[type, bool], Table[type, bool]]] = Table(_find_matches)
