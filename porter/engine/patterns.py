@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import libcst as cst
 from msgspec import Struct, field
@@ -16,17 +16,11 @@ from msgspec import Struct, field
 from porter.engine.text import FIELD, MANY, ONE, check, decode, encode, resolve, stored_names
 from porter.source.names import DOT
 from porter.source.tree import code_fields, same, walk
+from porter.source.walking import is_code
 
 Capture: TypeAlias = cst.CSTNode | tuple[cst.CSTNode, ...]
 Captures: TypeAlias = dict[str, Capture]
-_LAYOUT = (
-    cst.BaseParenthesizableWhitespace,
-    cst.Comma,
-    cst.TrailingWhitespace,
-    cst.EmptyLine,
-    cst.Newline,
-    cst.Comment,
-)
+_SUITES = (cst.IndentedBlock, cst.SimpleStatementSuite)
 _UNASKED = frozenset({"annotation", "returns", "decorators", "type_parameters", "bases", "keywords"})
 
 
@@ -87,21 +81,18 @@ class Pattern(Struct, frozen=True, dict=True):
 
 def _variable(node: cst.CSTNode) -> tuple[str, str] | None:
     """The metavariable this pattern node is."""
-    if isinstance(node, cst.Name):
-        return decode(node.value)
-    if isinstance(node, cst.SimpleStatementLine) and len(node.body) == 1 and isinstance(node.body[0], cst.Expr):
-        inner = node.body[0].value
-    elif (
-        isinstance(node, (cst.Arg, cst.Element))
-        and not getattr(node, "keyword", None)
-        and not getattr(node, "star", "")
-    ):
-        inner = node.value
-    elif isinstance(node, cst.Param):
-        inner = node.name
+    kind, pattern = type(node), cast(Any, node)  # LibCST's classes are slow to ask with `isinstance`
+    if kind is cst.Name:
+        return decode(pattern.value)
+    if kind is cst.SimpleStatementLine and len(pattern.body) == 1 and type(pattern.body[0]) is cst.Expr:
+        inner = pattern.body[0].value
+    elif (kind is cst.Arg and not pattern.keyword and not pattern.star) or kind is cst.Element:
+        inner = pattern.value
+    elif kind is cst.Param:
+        inner = pattern.name
     else:
         return None
-    return decode(inner.value) if isinstance(inner, cst.Name) else None
+    return decode(inner.value) if type(inner) is cst.Name else None
 
 
 def _bind(name: str, value: Capture, bound: Captures) -> Captures | None:
@@ -120,25 +111,25 @@ def _bind(name: str, value: Capture, bound: Captures) -> Captures | None:
 
 
 def _node(pattern: cst.CSTNode, node: cst.CSTNode, bound: Captures, open_call: bool = False) -> Captures | None:
-    if isinstance(pattern, cst.Name):
-        variable = decode(pattern.value)
+    kind: Any = type(pattern)
+    if kind is cst.Name:
+        variable = decode(pattern.value)  # type: ignore[attr-defined]
         if variable is not None and variable[0] in (ONE, FIELD):
-            return _bind(variable[1], node, bound) if isinstance(node, (cst.BaseExpression, cst.Name)) else None
-        return bound if isinstance(node, cst.Name) and node.value == pattern.value else None
-    if isinstance(pattern, cst.SimpleStatementLine) and isinstance(node, cst.BaseStatement):
+            return _bind(variable[1], node, bound) if isinstance(node, cst.BaseExpression) else None
+        return bound if type(node) is cst.Name and node.value == pattern.value else None  # type: ignore[attr-defined]
+    if kind is cst.SimpleStatementLine and isinstance(node, cst.BaseStatement):
         variable = _variable(pattern)
         if variable is not None and variable[0] == ONE and not _is_expression_line(node):
             return _bind(variable[1], node, bound)
-    if isinstance(pattern, cst.BaseSuite) and isinstance(node, cst.BaseSuite):
-        return _sequence(_suite(pattern), _suite(node), bound)
-    if type(pattern) is not type(node) or (isinstance(pattern, cst.Arg) and pattern.star != node.star):  # type: ignore[attr-defined]
+    if kind in _SUITES and type(node) in _SUITES:
+        return _sequence(_suite(pattern), _suite(node), bound)  # type: ignore[arg-type]
+    if kind is not type(node) or (kind is cst.Arg and pattern.star != node.star):  # type: ignore[attr-defined]
         return None
     if isinstance(pattern, cst.SimpleString):
         return bound if pattern.evaluated_value == node.evaluated_value else None  # type: ignore[attr-defined]
-    if isinstance(pattern, cst.Call):
+    if kind is cst.Call:
         inner = _node(pattern.func, node.func, bound)  # type: ignore[attr-defined]
         return None if inner is None else _arguments(pattern.args, node.args, inner, open_call)  # type: ignore[attr-defined]
-    kind: Any = type(pattern)
     for name in code_fields(kind):
         want, have = getattr(pattern, name), getattr(node, name)
         found = _field(name, want, have, bound)
@@ -149,10 +140,10 @@ def _node(pattern: cst.CSTNode, node: cst.CSTNode, bound: Captures, open_call: b
 
 
 def _field(name: str, want: Any, have: Any, bound: Captures) -> Captures | None:  # noqa: ANN401
+    if is_code[type(want)]:
+        return _node(want, have, bound) if is_code[type(have)] else None
     if isinstance(want, cst.CSTNode):
-        if isinstance(want, _LAYOUT):
-            return bound
-        return _node(want, have, bound) if isinstance(have, cst.CSTNode) else None
+        return bound  # layout
     if isinstance(want, (list, tuple)):
         if not want and name in _UNASKED:
             return bound

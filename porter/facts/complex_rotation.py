@@ -64,8 +64,8 @@ def _suites(function: cst.FunctionDef) -> Iterator[list[cst.BaseStatement]]:
     pending: list[cst.CSTNode] = [function.body]
     while pending:
         node = pending.pop()
-        if isinstance(node, cst.FunctionDef):
+        if type(node) is cst.FunctionDef:
             continue
-        if isinstance(node, cst.IndentedBlock):
+        if type(node) is cst.IndentedBlock:
             yield list(node.body)
-        pending += tree.children(node)
+        pending += [child for child in tree.children(node) if tree.may_hold_statements[type(child)]]

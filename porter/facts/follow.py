@@ -200,6 +200,8 @@ class Follower:
                 return PARAMETER
             value = self.eval(node.value, env)
             return WHOLE if node.attr.value in SHAPE_ONLY else value
+        if isinstance(node, cst.Call):
+            return self.call(node, env)
         if isinstance(node, (cst.Tuple, cst.List)):
             return tuple(self.eval(e.value, env) for e in node.elements)
         if isinstance(node, cst.Subscript):
@@ -211,8 +213,6 @@ class Follower:
             return self.eval(node.expression, env)
         if isinstance(node, cst.IfExp):
             return union([self.eval(node.body, env), self.eval(node.orelse, env)])
-        if isinstance(node, cst.Call):
-            return self.call(node, env)
         if isinstance(node, (cst.Comparison, cst.BooleanOperation, cst.SimpleString, cst.Integer, cst.Float)):
             return WHOLE
         return union([self.eval(c, env) for c in tree.children(node) if isinstance(c, cst.BaseExpression)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import libcst as cst
@@ -86,11 +86,13 @@ def _references(stack: list[cst.CSTNode], keywords: set[int]):  # noqa: ANN202 -
 
     while stack:
         node = stack.pop()
-        if id(node) in keywords or isinstance(node, cst.Param):
+        kind = type(node)  # LibCST's classes are slow to ask with `isinstance`
+        if id(node) in keywords or kind is cst.Param:
             if isinstance(node, cst.Param):
                 stack += [n for n in (node.annotation, node.default) if n is not None]
             continue
-        if isinstance(node, cst.Attribute):
+        if kind is cst.Attribute:
+            node = cast(cst.Attribute, node)
             path = dotted(node)
             if path is not None and path.split(".")[0] != "self":
                 yield node
@@ -99,10 +101,10 @@ def _references(stack: list[cst.CSTNode], keywords: set[int]):  # noqa: ANN202 -
                 continue
             stack.append(node.value)
             continue
-        if isinstance(node, cst.Name):
+        if kind is cst.Name:
             yield node
             continue
-        stack += list(children(node))
+        stack += children(node)
 
 
 def _is_module_path(path: str) -> bool:

@@ -15,6 +15,7 @@ from porter.source.walking import Table, is_code
 from porter.source.walking import children as children
 from porter.source.walking import code_fields as code_fields
 from porter.source.walking import find as find
+from porter.source.walking import may_hold_statements as may_hold_statements
 from porter.source.walking import walk as walk
 
 Node = TypeVar("Node", bound=cst.CSTNode)
@@ -304,7 +305,7 @@ def is_none(node: cst.CSTNode | None) -> bool:
 
 def self_attribute(node: cst.CSTNode) -> str | None:
     """`x` for `self.x`, else None."""
-    if isinstance(node, cst.Attribute) and isinstance(node.value, cst.Name) and node.value.value == "self":
+    if type(node) is cst.Attribute and type(node.value) is cst.Name and node.value.value == "self":
         return node.attr.value
     return None
 
@@ -326,9 +327,9 @@ Block: TypeAlias = (
 def body(node: Block) -> list[cst.BaseStatement]:
     """Statements of a suite; a one-line suite is turned into ordinary statements."""
     suite = node.body
-    if isinstance(suite, cst.SimpleStatementSuite):
+    if type(suite) is cst.SimpleStatementSuite:
         return [cst.SimpleStatementLine([s]) for s in suite.body]
-    return list(suite.body)
+    return list(suite.body)  # type: ignore[arg-type]
 
 
 def with_body(node: Node, new: Sequence[cst.BaseStatement]) -> Node:

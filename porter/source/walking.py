@@ -72,7 +72,7 @@ def _find_is_code(kind: Any) -> bool:
 
 
 is_code: Table[type, bool] = Table(_find_is_code)
-_may_hold_statements: Table[type, bool] = Table(lambda kind: is_code[kind] and not _below(kind, _EXPRESSIONS))
+may_hold_statements: Table[type, bool] = Table(lambda kind: is_code[kind] and not _below(kind, _EXPRESSIONS))
 
 
 def _find_reader(kind: Any) -> Callable[[Any], tuple[object, ...]] | None:
@@ -127,7 +127,7 @@ def _descend(node: cst.CSTNode, enters: Mapping[type, bool]) -> Iterator[Any]:
 
 def _find_matches(kinds: tuple[type, ...]) -> tuple[Table[type, bool], Table[type, bool]]:
     """For wanted classes: which classes are among them, and which may hold some below."""
-    enters = _may_hold_statements if all(_below(k, _STATEMENTS) for k in kinds) else is_code
+    enters = may_hold_statements if all(_below(k, _STATEMENTS) for k in kinds) else is_code
     return Table(lambda kind: _below(kind, kinds)), enters
 
 

@@ -70,7 +70,7 @@ def _fold_method(spec: Spec, method: cst.FunctionDef, live: Liveness, names: dic
     prologue: list[cst.BaseStatement] = []
     if spec is not live.model.root:
         seen = spec.init if name == "__init__" else spec.calls.get(name, {})
-        read = {n.value for n in live.reads(spec, name, method) if isinstance(n, cst.Name)}
+        read = {n.value for n in live.reads(spec, name, method) if type(n) is cst.Name}
         for param in tree.own_parameters(method):
             label = param.name.value
             if (id(spec), name, label) in live.removed:
@@ -84,7 +84,13 @@ def _fold_method(spec: Spec, method: cst.FunctionDef, live: Liveness, names: dic
     elifs = {id(i.orelse) for i in tree.find(method.body, cst.If)}
     decided = (cst.If, cst.IfExp, cst.BooleanOperation, cst.Call, cst.SimpleStatementLine, cst.Name, cst.Attribute)
     for node in tree.find(method.body, *decided):
-        if isinstance(node, cst.If):
+        kind = type(node)  # LibCST's classes are slow to ask with `isinstance`
+        if kind is cst.Name or kind is cst.Attribute:
+            if live.folds_to_literal(spec, name, node):
+                value = record.constants[id(node)]
+                assert isinstance(value, Const)
+                edits.append((node, literal(value.value)))
+        elif isinstance(node, cst.If):
             outcome = record.truth.get(id(node.test))
             if outcome is not None:
                 edits.append((node, _fold_if(outcome, id(node) in elifs)))
@@ -101,10 +107,6 @@ def _fold_method(spec: Spec, method: cst.FunctionDef, live: Liveness, names: dic
         elif isinstance(node, cst.SimpleStatementLine):
             if len(node.body) == 1 and live.dead(spec, name, node.body[0]):
                 edits.append((node, cst.RemoveFromParent()))
-        elif isinstance(node, (cst.Name, cst.Attribute)) and live.folds_to_literal(spec, name, node):
-            value = record.constants[id(node)]
-            assert isinstance(value, Const)
-            edits.append((node, literal(value.value)))
     return edits
 
 

@@ -65,7 +65,7 @@ class Liveness:
             for spec in self.specs
             for name, method in methods(spec, self.model)
             for n in self.reads(spec, name, method)
-            if isinstance(n, cst.Attribute)
+            if type(n) is cst.Attribute
         }
 
     def _parameters(self) -> None:
@@ -76,7 +76,7 @@ class Liveness:
             for name, method in methods(spec, self.model):
                 if name == "forward" and (id(spec) in chosen or spec.variadic):
                     continue  # called through a choice of classes, or with arguments in a dict: the signature stays
-                read = {n.value for n in self.reads(spec, name, method) if isinstance(n, cst.Name)}
+                read = {n.value for n in self.reads(spec, name, method) if type(n) is cst.Name}
                 seen = spec.init if name == "__init__" else spec.calls.get(name, {})
                 for param in tree.own_parameters(method):
                     label = param.name.value
@@ -96,7 +96,7 @@ class Liveness:
     def _block(self, spec: Spec, name: str, stmts: list[cst.BaseStatement], found: Reads) -> None:
         for stmt in stmts:
             self._statement(spec, name, stmt, found)
-            if isinstance(stmt, cst.SimpleStatementLine) and isinstance(stmt.body[-1], (cst.Return, cst.Raise)):
+            if type(stmt) is cst.SimpleStatementLine and type(stmt.body[-1]) in (cst.Return, cst.Raise):
                 return
 
     def _statement(self, spec: Spec, name: str, stmt: cst.CSTNode, found: Reads) -> None:
@@ -139,7 +139,7 @@ class Liveness:
 
     def _target(self, spec: Spec, name: str, target: cst.CSTNode, found: Reads) -> None:
         """Reads inside a target: `a[i].b = x` reads `a` and `i`."""
-        if isinstance(target, cst.Name):
+        if type(target) is cst.Name:
             return
         if isinstance(target, (cst.Tuple, cst.List)):
             for item in target.elements:
@@ -179,7 +179,7 @@ class Liveness:
         value = self.model.record.constants.get(id(node))
         if not isinstance(value, Const):
             return False
-        if isinstance(node, cst.Name):
+        if type(node) is cst.Name:
             return (id(spec), name, node.value) in self.removed
         if tree.self_attribute(node) is None or spec is self.model.root or name == "__init__":
             return False

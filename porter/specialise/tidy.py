@@ -212,9 +212,9 @@ def _bound(target: cst.BaseExpression) -> list[cst.Name]:
 
 
 def _only_names(target: cst.BaseExpression) -> bool:
-    if isinstance(target, (cst.Tuple, cst.List)):
-        return all(_only_names(e.value) for e in target.elements)
-    return isinstance(target, cst.Name)
+    if type(target) is cst.Name:
+        return True
+    return isinstance(target, (cst.Tuple, cst.List)) and all(_only_names(e.value) for e in target.elements)
 
 
 def _pure(value: cst.BaseExpression) -> bool:

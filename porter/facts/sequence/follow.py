@@ -56,6 +56,17 @@ _OVER_HEADS = ("porter_template.rotary_of_this_rank", "vllm.distributed.tensor_m
 """Functions that take or join shares of the heads: tokens stay where they are."""
 
 
+_CONSTANTS: dict[str, Value] = {"None": NONE, "True": Const(True), "False": Const(False)}
+_EVALUATORS: dict[type, str] = {
+    cst.Name: "name", cst.Integer: "literal", cst.Float: "literal", cst.SimpleString: "literal",
+    cst.Attribute: "attribute", cst.Tuple: "sequence", cst.List: "sequence", cst.Dict: "dictionary",
+    cst.Subscript: "subscript", cst.BinaryOperation: "binary", cst.UnaryOperation: "unary", cst.IfExp: "choice",
+    cst.Call: "call", cst.ListComp: "comprehension", cst.GeneratorExp: "comprehension",
+    cst.BooleanOperation: "boolean", cst.Comparison: "comparison",
+}  # fmt: skip
+"""Class of an expression -> the method of `Frame` that gives its value; any other expression has no value of interest."""
+
+
 class Frame:
     """One call of one function."""
 
@@ -92,22 +103,25 @@ class Frame:
             raise
 
     def _small(self, small: cst.BaseSmallStatement, env: Env) -> bool:
+        kind = type(small)  # LibCST's classes are slow to ask with `isinstance`
+        if kind is cst.Assign:
+            value = self.eval(small.value, env)  # type: ignore[attr-defined]
+            for target in small.targets:  # type: ignore[attr-defined]
+                self.bind(target.target, value, env)
+            return True
+        if kind is cst.Expr:
+            self.eval(small.value, env)  # type: ignore[attr-defined]
+            return True
         if isinstance(small, cst.Return):
             self.returned.append(self.eval(small.value, env) if small.value is not None else NONE)
             return False
         if isinstance(small, (cst.Raise, cst.Continue, cst.Break)):
             return not isinstance(small, cst.Raise)
-        if isinstance(small, cst.Assign):
-            value = self.eval(small.value, env)
-            for target in small.targets:
-                self.bind(target.target, value, env)
-        elif isinstance(small, cst.AnnAssign) and small.value is not None:
+        if isinstance(small, cst.AnnAssign) and small.value is not None:
             self.bind(small.target, self.eval(small.value, env), env)
         elif isinstance(small, cst.AugAssign):
             value = operations.combine([self.eval(small.target, env), self.eval(small.value, env)], self.findings.met)
             self.bind(small.target, value, env)
-        elif isinstance(small, cst.Expr):
-            self.eval(small.value, env)
         return True
 
     def branch(self, stmt: cst.If, env: Env) -> bool:
@@ -171,38 +185,31 @@ class Frame:
         return value
 
     def _eval(self, node: cst.BaseExpression, env: Env) -> Value:
-        if isinstance(node, cst.Name):
-            constants: dict[str, Value] = {"None": NONE, "True": Const(True), "False": Const(False)}
-            return constants.get(node.value) or env.get(node.value) or self.globals(node.value)
-        if isinstance(node, (cst.Integer, cst.Float, cst.SimpleString)):
-            return Const(tree.literal_value(node.value))
-        if isinstance(node, cst.Attribute):
-            return self.attribute(node, env)
-        if isinstance(node, (cst.Tuple, cst.List)):
-            return Many(tuple(v for e in node.elements for v in self.spread(e, env)))
-        if isinstance(node, cst.Dict):
-            return self.dictionary(node, env)
-        if isinstance(node, cst.Subscript):
-            return self.subscript(node, env)
-        if isinstance(node, cst.BinaryOperation):
-            return self.binary(node, env)
-        if isinstance(node, cst.UnaryOperation):
-            return self.unary(node, env)
-        if isinstance(node, cst.IfExp):
-            known = truth(self, node.test, env)
-            if known is not None:
-                return self.eval(node.body if known else node.orelse, env)
-            return merged(self._eval(node.body, env), self._eval(node.orelse, env))
-        if isinstance(node, cst.Call):
-            return self.call(node, env)
-        if isinstance(node, (cst.ListComp, cst.GeneratorExp)):
-            return self.comprehension(node, env)
-        if isinstance(node, cst.BooleanOperation):
-            return merged(self._eval(node.left, env), self._eval(node.right, env))
-        if isinstance(node, cst.Comparison):
-            values = [self.eval(node.left, env), *(self.eval(c.comparator, env) for c in node.comparisons)]
-            if any(isinstance(v, (Tokens, Whole)) for v in values) and not any(isinstance(v, Length) for v in values):
-                return operations.combine(values, self.findings.met)
+        evaluate = _EVALUATORS.get(type(node))
+        return getattr(self, evaluate)(node, env) if evaluate is not None else OTHER
+
+    def name(self, node: cst.Name, env: Env) -> Value:
+        return _CONSTANTS.get(node.value) or env.get(node.value) or self.globals(node.value)
+
+    def literal(self, node: cst.Integer | cst.Float | cst.SimpleString, env: Env) -> Value:
+        return Const(tree.literal_value(node.value))
+
+    def sequence(self, node: cst.Tuple | cst.List, env: Env) -> Value:
+        return Many(tuple(v for e in node.elements for v in self.spread(e, env)))
+
+    def choice(self, node: cst.IfExp, env: Env) -> Value:
+        known = truth(self, node.test, env)
+        if known is not None:
+            return self.eval(node.body if known else node.orelse, env)
+        return merged(self._eval(node.body, env), self._eval(node.orelse, env))
+
+    def boolean(self, node: cst.BooleanOperation, env: Env) -> Value:
+        return merged(self._eval(node.left, env), self._eval(node.right, env))
+
+    def comparison(self, node: cst.Comparison, env: Env) -> Value:
+        values = [self.eval(node.left, env), *(self.eval(c.comparator, env) for c in node.comparisons)]
+        if any(isinstance(v, (Tokens, Whole)) for v in values) and not any(isinstance(v, Length) for v in values):
+            return operations.combine(values, self.findings.met)
         return OTHER
 
     def globals(self, name: str) -> Value:
