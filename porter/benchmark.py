@@ -38,11 +38,12 @@ import gc, json, resource, sys, time
 start = time.perf_counter()
 import libcst
 parser = time.perf_counter()
+gc.disable()  # as `porter.cli.entry` does, and so is the next but one
 import porter.cli, porter.commands, porter.convert
 imported = time.perf_counter()
 code = porter.cli.main(sys.argv[2:])
 end = time.perf_counter()
-gc.freeze()  # as `porter.cli.entry` does
+gc.freeze()
 peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 with open(sys.argv[1], "w") as stream:
     json.dump({"import_libcst": parser - start, "import_porter": imported - parser, "work": end - imported,

@@ -16,7 +16,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from porter.cycles import no_search_for_cycles
 from porter.exits import EXAMPLES, INTERNAL, INTERRUPTED, OK, USAGE
 from porter.resources import CORPUS
 from porter.verify.outcome import Again
@@ -82,11 +81,9 @@ def convert(
     evidence: Evidence = EVIDENCE,
 ) -> None:
     """Write the ports of classes."""
-    with no_search_for_cycles():  # nor while the compiler is imported
-        from porter.commands import convert as run
+    from porter.commands import convert as run
 
-        code = run(classes or [], everything, diff, out, source, rules, fmt.value, threshold.value, evidence)
-    raise typer.Exit(code)
+    raise typer.Exit(run(classes or [], everything, diff, out, source, rules, fmt.value, threshold.value, evidence))
 
 
 @app.command()
@@ -383,6 +380,8 @@ def _command(given: list[str]) -> Any:  # noqa: ANN401 - typer exports no name f
 
 def entry() -> NoReturn:
     """The installed command: `main`, and a quick end."""
+    if sys.argv[1:2] == ["convert"]:
+        gc.disable()  # trees hold no cycles and live until the port is printed, and so does all that is imported
     code = main()
     gc.freeze()  # what is left lives as long as the process: a last search for cycles in it is lost time
     sys.exit(code)

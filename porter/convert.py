@@ -5,15 +5,16 @@ Reads text only. Neither torch nor diffusers nor the engine is imported, and no 
 
 from __future__ import annotations
 
+import gc
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from msgspec import Struct
 
 from porter import resources
 from porter.check.static import check_files
-from porter.cycles import no_search_for_cycles
 from porter.emit import linemap
 from porter.emit.record import port_record
 from porter.emit.source_file import file_header, print_definitions
@@ -86,7 +87,7 @@ def _share(
 def _folders(
     targets: Mapping[int, Target], library: Library, rules_dir: Path | None, evidence: Path | None, *, alone: bool
 ) -> Folders:
-    with no_search_for_cycles():
+    with _no_search_for_cycles():
         run = _Conversion(library, load_rules(rules_dir or resources.RULES), load_policy(resources.RULES))
         found: dict[int, tuple[Diagnostic, ...]] = {}
         for position, target in targets.items():
@@ -121,6 +122,18 @@ def _summary(entries: Sequence[PortEntry], files: Mapping[str, str]) -> tuple[tu
         size = sum(files[f"{e.folder}/{m}.py"].count("\n") for m in e.modules())
         rows.append((e.source, f"{e.folder}/", e.cls or "transformer only", f"{size} lines"))
     return tuple(rows)
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Trees and facts live until the port is printed, and trees hold no cycles: searching them costs a fifth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def all_names(source: Path | None = None) -> list[str]:

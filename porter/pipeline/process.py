@@ -15,6 +15,7 @@ from porter.pipeline.analysis import Analysis
 from porter.pipeline.render import render
 from porter.source.library import Library
 from porter.source.names import referenced
+from porter.source.syntax import walk
 from porter.source.tree import code, find, same, self_attribute
 
 NO_PROCESSOR = "PORT504"
@@ -135,21 +136,17 @@ def _constructor_call(analysis: Analysis, processor: str) -> cst.Call | None:
 
 def _options_read(library: Library, cls: str, method: str) -> frozenset[str]:
     """Names `x` of `self.config.x` that the method and what it calls on `self` read."""
-    methods: dict[str, ast.stmt] = {}
-    for name in (library.canonical(cls), *library.ancestors(cls)):
-        node = library.syntax(name)
-        for item in node.body if isinstance(node, ast.ClassDef) else ():
-            if isinstance(item, ast.FunctionDef):
-                methods.setdefault(item.name, item)
+    classes = (library.canonical(cls), *library.ancestors(cls))
     found: set[str] = set()
     seen: set[str] = set()
     pending = [method]
     while pending:
         name = pending.pop()
-        if name in seen or name not in methods:
+        if name in seen:
             continue
         seen.add(name)
-        for each in ast.walk(methods[name]):
+        function = next((f for c in classes if (f := library.method_syntax(c, name)) is not None), None)
+        for each in walk(function) if function is not None else ():
             if isinstance(each, ast.Attribute):
                 if _is_self(each.value):
                     pending.append(each.attr)

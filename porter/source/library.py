@@ -71,19 +71,19 @@ class ModuleSource:
 
     @cached_property
     def blocks(self) -> list[ast.stmt]:
-        """Import statements and module-level blocks, parsed."""
-        wanted = [
-            chunk
-            for chunk in self._chunks
-            if outline.is_import(line := self.lines[chunk.start - 1]) or outline.is_block(line)
-        ]
-        text = ["\n"] * len(self.lines)  # what is left out stays as blank lines, so that line numbers hold
-        for chunk in wanted:
-            text[chunk.first - 1 : chunk.last] = self.lines[chunk.first - 1 : chunk.last]
-        try:
-            return ast.parse("".join(text)).body
-        except SyntaxError:
-            return [n for n in self._tree.body if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+        """Import statements and module-level blocks; of a package's block that does nothing but import, its imports."""
+        found: list[ast.stmt] = []
+        for chunk in self._chunks:
+            line = self.lines[chunk.start - 1]
+            if not outline.is_import(line) and not outline.is_block(line):
+                continue
+            whole = self.is_package or outline.is_import(line)  # elsewhere it matters under which condition one imports
+            quick = outline.only_imports("".join(self.lines[chunk.start - 1 : chunk.last])) if whole else None
+            try:
+                found += quick if quick is not None else outline.statements(self.lines, chunk)
+            except SyntaxError:
+                return [n for n in self._tree.body if not isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+        return found
 
     @cached_property
     def definitions(self) -> dict[str, TopLevel]:
@@ -119,6 +119,19 @@ class ModuleSource:
             self._nodes[name] = self._parsed(name)
         return self._nodes[name]
 
+    def method(self, owner: str, name: str) -> ast.stmt | None:
+        """Python's own tree of a method of a top-level class; of a large class only the method is parsed."""
+        entry = self.definitions.get(owner)
+        if entry is None or entry.kind != "ClassDef":
+            return None
+        if owner not in self._nodes:
+            try:
+                return outline.method(self.lines, outline.Chunk(entry.first_line, entry.last_line, entry.line), name)
+            except (SyntaxError, ValueError):
+                pass  # text in a column where code would end it
+        body = getattr(self.node(owner), "body", ())
+        return next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == name), None)
+
     def bases(self, name: str) -> list[ast.expr]:
         """Base expressions of a top-level class; of large classes only the header is parsed."""
         entry = self.definitions.get(name)
@@ -139,8 +152,10 @@ class ModuleSource:
         return node
 
     def _in_whole_parse(self, name: str) -> ast.stmt | None:
-        """A definition whose lines the outline misjudged (code in the first column of a bracket): they are set right."""
-        found = next((n for n in _module_level(self._tree.body) if name in _names(n)), None)
+        """A definition inside a block, or one whose lines the outline misjudged (code in the first column of a bracket):
+        they are set right."""
+        inside = next((n for n in _module_level(self.blocks) if name in _names(n)), None)
+        found = inside or next((n for n in _module_level(self._tree.body) if name in _names(n)), None)
         if found is not None:
             self.definitions[name] = _top_level(name, found)
         return found
@@ -280,6 +295,15 @@ class Library:
         if node is not None:
             self._asked.add(parent)
         return node
+
+    def method_syntax(self, name: str, method: str) -> ast.stmt | None:
+        """Python's own tree of a class's own method: enough for a question, and far cheaper than `definition`."""
+        parent, _, last = self.canonical(name).rpartition(".")
+        module = self.module(parent)
+        if module is None or last not in module.definitions:
+            return None
+        self._asked.add(parent)
+        return module.method(last, method)
 
     def bases(self, name: str) -> tuple[str, ...]:
         """Qualified names of a class's bases; of another package as they are imported."""

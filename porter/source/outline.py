@@ -97,6 +97,43 @@ def statements(lines: list[str], chunk: Chunk) -> list[ast.stmt]:
     return ast.parse(above + "".join(lines[chunk.first - 1 : chunk.last])).body
 
 
+_IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+(?P<dots>\.*)(?P<module>[\w.]*)[ \t]+import[ \t]*(?:\((?P<listed>[^)]*)\)|(?P<names>[^(\n\\;]+)$)"
+    r"|import[ \t]+(?P<modules>[^\n\\;]+)$)",
+    re.MULTILINE,
+)
+_COMMENT = re.compile(r"#[^\n]*")
+# Not a keyword argument, which stands in a line with a comma.
+_OTHER = re.compile(
+    r"^[ \t]*(?:(?:async[ \t]+)?(?:def|class)[ \t]|@|\w+[ \t]*(?::[^\n]*)?=(?![^\n]*,$))|\"\"\"|'''|[;\\]", re.MULTILINE
+)
+
+
+def only_imports(text: str) -> list[ast.Import | ast.ImportFrom] | None:
+    """The import statements of a text that defines nothing; None for a text that needs Python's parser.
+
+    Files that re-export names are long lists of these. A name that is imported twice is chosen by a branch, so that the
+    order of the lines does not tell which one counts.
+    """
+    bare = _COMMENT.sub("", text)
+    if _OTHER.search(bare):
+        return None
+    found: list[ast.Import | ast.ImportFrom] = []
+    for each in _IMPORT.finditer(bare):
+        if each["modules"] is not None:
+            found.append(ast.Import(_aliases(each["modules"])))
+        else:
+            names = each["listed"] if each["listed"] is not None else each["names"]
+            found.append(ast.ImportFrom(each["module"] or None, _aliases(names), len(each["dots"])))
+    bound = [a.asname or a.name for node in found for a in node.names if a.name != "*"]
+    return found if len(set(bound)) == len(bound) else None
+
+
+def _aliases(names: str) -> list[ast.alias]:
+    words = [name.split() for name in names.split(",")]
+    return [ast.alias(w[0], w[2] if len(w) == 3 else None) for w in words if w]
+
+
 def header(lines: list[str], line: int) -> ast.stmt | None:
     """The class or function that starts on `line` (from 1), without its body; None if its header is not found."""
     text = ""
@@ -108,6 +145,22 @@ def header(lines: list[str], line: int) -> ast.stmt | None:
             except SyntaxError:
                 continue
     return None
+
+
+def method(lines: list[str], owner: Chunk, name: str) -> ast.stmt | None:
+    """A method of a class (the first of that name) without its decorators; None if there is none.
+
+    Raises SyntaxError if the lines below its first one are not cut where it ends.
+    """
+    first = re.compile(rf"    (?:async\s+)?def\s+{re.escape(name)}\b")
+    begin = next((n for n in range(owner.start, owner.last) if first.match(lines[n])), None)
+    if begin is None:
+        return None
+    inner = ("     ", "    )", "    #", "#", "\n")  # a header of several lines ends in the column where it began
+    end = next((n for n in range(begin + 1, owner.last) if not lines[n].startswith(inner)), owner.last)
+    (body,) = ast.parse("class _:\n" + "".join(lines[begin:end])).body
+    assert isinstance(body, ast.ClassDef)
+    return body.body[0]
 
 
 def is_block(line: str) -> bool:

@@ -1,8 +1,11 @@
 """A file is cut where its top-level statements begin, and nowhere else."""
 
+import ast
 from textwrap import dedent
 
-from porter.source.outline import chunks, defined, is_block, is_import, statements
+import pytest
+
+from porter.source.outline import chunks, defined, is_block, is_import, method, only_imports, statements
 
 
 def cut(text):
@@ -84,3 +87,65 @@ def test_statements_of_a_chunk_keep_the_line_numbers_of_the_file():
     lines = ["x = 1\n", "\n", "def f():\n", "    return 1\n"]
     (function,) = statements(lines, chunks(lines)[1])
     assert (function.lineno, function.body[0].lineno) == (3, 4)
+
+
+def imports(text):
+    found = only_imports(dedent(text))
+    return None if found is None else [ast.unparse(node) for node in found]
+
+
+def test_imports_of_a_text_that_does_nothing_else_are_those_that_python_reads():
+    text = """
+        from typing import TYPE_CHECKING
+        from ..utils import (  # one (two)
+            One,
+            Two as Deux,
+        )
+        if TYPE_CHECKING:
+            try:
+                raise Missing()
+            except Missing:
+                from .dummies import *  # noqa: F403
+            else:
+                from . import three
+                import four.five as six, seven
+        """
+    read = [n for n in ast.walk(ast.parse(dedent(text))) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert imports(text) == [ast.unparse(n) for n in sorted(read, key=lambda n: n.lineno)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "try:\n    from a import x\nexcept ImportError:\n    x = None\n",
+        "try:\n    from a import x\nexcept ImportError:\n    from b import x\n",
+        "if a:\n    def f():\n        import b\n",
+        "from a import x, \\\n    y\n",
+        "import a; import b\n",
+        'if a:\n    """\n    import b\n    """\n',
+    ],
+)
+def test_a_text_that_defines_or_chooses_something_is_left_to_python(text):
+    assert imports(text) is None
+
+
+def test_a_method_is_read_alone_and_the_first_of_its_name_counts():
+    source = dedent("""
+        class A:
+            def f(
+                self, a
+            ):
+                return a
+
+            # about g
+            def g(self):
+                pass
+
+            def f(self):
+                pass
+        """).lstrip("\n")
+    lines = source.splitlines(keepends=True)
+    (only,) = chunks(lines)
+    assert ast.unparse(method(lines, only, "f")) == "def f(self, a):\n    return a"
+    assert ast.unparse(method(lines, only, "g")) == "def g(self):\n    pass"
+    assert method(lines, only, "h") is None
