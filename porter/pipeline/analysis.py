@@ -26,6 +26,7 @@ from porter.facts.pipeline import (
     stages,
     tail,
 )  # fmt: skip
+from porter.facts.pipeline.broken import broken
 from porter.facts.pipeline.liveness import uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.facts.pipeline.undefined import asked_for, undefined
@@ -44,7 +45,7 @@ from porter.source.marks import mark_of
 from porter.source.names import referenced
 from porter.source.tree import body, find, parameters, self_attribute, strip_docstring, substitute, with_body
 
-NO_LOOP, NO_TAIL, NO_COMPONENTS = "PORT501", "PORT501", "PORT504"
+NO_LOOP, NO_TAIL, NO_COMPONENTS, BROKEN = "PORT501", "PORT501", "PORT504", "PORT506"
 
 
 class Analysis(Struct, frozen=True, dict=True):
@@ -110,6 +111,7 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     statements = settle(opened, known.with_local(refused), bound)
     roots, helpers = helper_methods(found, statements, known, frozenset({"__call__"}), done)
     statements = settle(roots, known.with_local(refused), bound)  # type: ignore[arg-type]
+    faults = _faults(library, name, found, parts, statements, owner.file)
     found_regions = regions(statements, names)
     if isinstance(found_regions, Unknown):
         cut: Regions | Stages = _stages(name, statements, names, helpers, found_regions.reason, span)
@@ -125,8 +127,26 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     return Analysis(
         found, parts, tuple(arguments), mapping, cut, guide, end,
         tuple(_constructor(found, known, [c.name for c in parts])), tuple(helpers), local.kept, span, cleaned.statuses,
-        cleaned.diagnostics,
+        (*cleaned.diagnostics, *faults),
     )  # fmt: skip
+
+
+def _faults(
+    library: Library,
+    name: str,
+    found: Members,
+    parts: Sequence[Component],
+    statements: Sequence[cst.BaseStatement],
+    file: str,
+) -> list[Diagnostic]:
+    """What Diffusers itself can't run. Raises PorterError if every request gets there."""
+    out = []
+    for each in broken(library, found, parts, statements):
+        where = Span(file, each.mark.line) if each.mark is not None else None
+        if each.always:
+            raise PorterError(Diagnostic(BROKEN, f"{name}: Diffusers raises on every request: {each.message}", where))
+        out.append(Diagnostic(BROKEN, f"Diffusers raises here: {each.message}", where))
+    return out
 
 
 def in_stages(analysis: Analysis, reason: str) -> Analysis:

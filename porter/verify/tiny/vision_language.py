@@ -27,6 +27,24 @@ def siglip_vision(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     return SiglipVisionModel(config).eval()
 
 
+@builds("Siglip2ImageProcessorFast")
+def siglip2_image_processor(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import Siglip2ImageProcessorFast
+
+    return Siglip2ImageProcessorFast(patch_size=16, max_num_patches=options.get("patches", 16))
+
+
+@builds("Siglip2VisionModel")
+def siglip2_vision(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    config = Siglip2VisionConfig(
+        hidden_size=options.get("hidden_size", 40), intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_patches=16, patch_size=16,
+    )  # fmt: skip
+    return Siglip2VisionModel(config).eval()
+
+
 @builds("Qwen2_5_VLTextModel")
 def qwen2_5_vl_text(options: Mapping[str, Any], built: Mapping[str, Any]) -> Any:
     from transformers import Qwen2_5_VLTextConfig
