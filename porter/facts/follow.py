@@ -175,7 +175,9 @@ class Follower:
             return False
         body = tree.body(stmt)
         small = body[0].body[0] if len(body) == 1 and isinstance(body[0], cst.SimpleStatementLine) else None
-        if not isinstance(small, cst.Assign) or not isinstance(small.value, cst.Call):
+        if not isinstance(small, cst.Assign) or not isinstance(small.value, cst.Call) or len(small.value.args) != 1:
+            return False
+        if not tree.same(small.value.func, stmt.target):
             return False
         value = as_flow(self.eval(small.value.args[0].value, env))
         for path in paths:

@@ -171,3 +171,16 @@ def test_blocks_without_attention_over_the_tokens_have_no_plan():
 def test_an_optional_residual_is_refused_rather_than_the_plan():
     loop = "x = block(x, temb)\n    if controlnet_samples is not None:\n        x[:, temb.shape[1]:] = x[:, temb.shape[1]:] + 1"
     assert plan(SELF, inputs="x, temb, controlnet_samples=None", loop=loop).refused == ("controlnet_samples",)
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        "for i in enumerate():\n    pass\n",
+        "for i in zip():\n    pass\n",
+        "for i in reversed():\n    pass\n",
+        "y = [i for i in range()]\n",
+    ],
+)
+def test_a_call_without_its_arguments_is_no_reason_to_fall_over(strange):
+    assert plan(strange + SELF).streams

@@ -298,3 +298,20 @@ def test_rotary_tables_as_wide_as_all_heads_are_remembered(facts):
     assert {p for _, p in found.row} == ROW and len(found.tables) == 1
     named = turned.replace("apply_rotary_emb", "shuffle")
     assert attention(facts, named) == (set(), set())
+
+
+# ---- calls that lack what they need
+
+
+FEED_FORWARD = "self.net = nn.ModuleList([nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim)])"
+
+
+def test_layers_of_a_list_that_act_one_after_the_other_are_a_pair(facts):
+    found = roles(facts, FEED_FORWARD, forward="for layer in self.net:\n    x = layer(x)\nreturn x")
+    assert found == ({"net.0"}, {"net.2"})
+
+
+@pytest.mark.parametrize("call", ["layer()", "layer(x, x)", "torch.add(layer(x))", "other(x)"])
+def test_another_loop_over_a_list_is_no_chain(facts, call):
+    found = roles(facts, FEED_FORWARD, forward=f"for layer in self.net:\n    x = {call}\nreturn x")
+    assert found == (set(), set())

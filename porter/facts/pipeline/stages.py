@@ -66,7 +66,7 @@ def without_progress(statements: Sequence[cst.BaseStatement]) -> list[cst.BaseSt
     for statement in unwrap_progress(statements):
         if isinstance(statement, (cst.For, cst.While, cst.With)):
             statement = with_body(statement, without_progress(body(statement)))
-            if isinstance(statement, cst.For) and is_progress(statement.iter):
+            if isinstance(statement, cst.For) and is_progress(statement.iter) and statement.iter.args:  # type: ignore[attr-defined]
                 statement = statement.with_changes(iter=statement.iter.args[0].value)  # type: ignore[attr-defined]
         elif isinstance(statement, cst.If):
             statement = _if_without_progress(statement)

@@ -109,7 +109,8 @@ class Classes:
                 ):
                     found.add(attribute)
             for call in tree.find(init, cst.Call) if init is not None else ():
-                if tree.call_name(call) == "self.register_buffer" and isinstance(call.args[0].value, cst.SimpleString):
-                    found.add(str(tree.literal_value(call.args[0].value.value)))
+                name = call.args[0].value if tree.call_name(call) == "self.register_buffer" and call.args else None
+                if isinstance(name, cst.SimpleString):
+                    found.add(str(tree.literal_value(name.value)))
             self._parameters[cls] = frozenset(found)
         return self._parameters[cls]

@@ -159,12 +159,14 @@ class Frame:
     def iterated(self, node: cst.BaseExpression, env: Env) -> list[Value]:
         """Values of the loop variable, one after the other."""
         name = tree.call_name(node)
-        if isinstance(node, cst.Call) and name in ("enumerate", "zip", "reversed"):
-            columns = [self.iterated(a.value, env) for a in node.args if a.keyword is None]
+        built_in = isinstance(node, cst.Call) and name in ("enumerate", "zip", "reversed")
+        given = [a.value for a in node.args if a.keyword is None] if built_in else []  # type: ignore[attr-defined]
+        if given:
+            columns = [self.iterated(g, env) for g in given]
             if name == "reversed":
                 return columns[0][::-1]
             if name == "enumerate":
-                counted = isinstance(self.eval(node.args[0].value, env), Many)
+                counted = isinstance(self.eval(given[0], env), Many)
                 return [Many((Const(i) if counted else OTHER, v)) for i, v in enumerate(columns[0])]
             longest = max(len(c) for c in columns)
             return [Many(tuple(c[min(i, len(c) - 1)] if c else OTHER for c in columns)) for i in range(longest)]
@@ -346,7 +348,11 @@ class Frame:
         inner = dict(env)
         values: list[Value] = []
         over = node.for_in.iter
-        if isinstance(over, cst.Call) and tree.call_name(over) in ("enumerate", "zip", "reversed", "range"):
+        if (
+            isinstance(over, cst.Call)
+            and tree.call_name(over) in ("enumerate", "zip", "reversed", "range")
+            and over.args
+        ):
             over = over.args[0].value
         iterable = self.eval(over, env)
         for each in self.iterated(node.for_in.iter, env):
