@@ -11,6 +11,8 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
+from porter.model import Diagnostic, PorterError
+
 FILE = "catalogue.csv"
 
 
@@ -30,8 +32,11 @@ class LivePipeline:
 
 
 def live_pipelines(corpus: Path) -> tuple[LivePipeline, ...]:
-    """All of them by name. Raises OSError where the corpus has no such file."""
-    with (corpus / FILE).open(newline="", encoding="utf-8") as stream:
+    """All of them by name. Raises PorterError (PORT013) where the corpus has no such file."""
+    path = corpus / FILE
+    if not path.is_file():
+        raise PorterError(Diagnostic("PORT013", f"there is no {path}", advice="name the corpus with --corpus"))
+    with path.open(newline="", encoding="utf-8") as stream:
         return tuple(
             LivePipeline(row["pipeline"], row["tier"], row["family"], tuple(row["denoisers"].split()))
             for row in csv.DictReader(stream)

@@ -8,10 +8,12 @@ environment, 3 diagnostics at or above --threshold, 4 rule examples failed, 5 ve
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from copy import copy
 from enum import StrEnum
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -342,12 +344,13 @@ def main(arguments: list[str] | None = None) -> int:
     usage_error: Any = typer.BadParameter.__mro__[1]  # typer exports no name for it
     try:
         result = _command(given).main(args=given, prog_name="porter", standalone_mode=False)
+        if result == INTERRUPTED:  # that is all that typer makes of an interrupt
+            return _interrupted()
         return result if isinstance(result, int) else OK
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("porter: interrupted; output files are as they were (PORT010)", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted()
     except usage_error as error:
         error.show()
         return USAGE
@@ -378,8 +381,18 @@ def _command(given: list[str]) -> Any:  # noqa: ANN401 - typer exports no name f
     return typer.main.get_command(chosen)
 
 
+def _interrupted() -> int:
+    print("porter: interrupted; output files are as they were (PORT010)", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def entry() -> NoReturn:
-    """The installed command: `main`, and a quick end."""
+    """The installed command: `main`, and a quick end. What ends a command from outside is an interrupt to it."""
+    signal.signal(signal.SIGTERM, _stop)
     if sys.argv[1:2] == ["convert"]:
         gc.disable()  # trees hold no cycles and live until the port is printed, and so does all that is imported
     code = main()

@@ -154,14 +154,21 @@ def verify(names: list[str], options: Verification) -> int:
         raise PorterError(Diagnostic("PORT013", "--device cuda takes classes and --rungs gpu only", advice=advice))
     from rich.console import Console
 
+    from porter.emit.write import check_writable
     from porter.verify.outcome import VerifyError
 
+    if options.json_file is not None:
+        check_writable(options.json_file)
+    if many or options.record:
+        check_writable(options.evidence)
     try:
         if options.device == "cuda":
             report, many = _on_card(names, options), False
         else:
             report = _sweep(names, options) if many else _climb(names[0], options)
     except VerifyError as error:
+        if error.code:
+            raise PorterError(Diagnostic(error.code, error.message, advice=error.advice or None)) from None
         note(f"porter verify: {error.message}" + (f"\n  {error.advice}" if error.advice else ""))
         return USAGE
     wide = None if sys.stdout.isatty() else 160

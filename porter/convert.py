@@ -18,10 +18,11 @@ from porter.check.static import check_files
 from porter.emit import linemap
 from porter.emit.record import port_record
 from porter.emit.source_file import file_header, print_definitions
-from porter.engine import RuleSet, load_rules
+from porter.engine import RuleConflict, RuleSet, load_rules
 from porter.evidence import read_evidence
 from porter.manifest import Manifest, PortEntry, manifest_text
 from porter.model import Diagnostic, PorterError
+from porter.pins import DIFFUSERS
 from porter.pipeline import Denoiser, PipelinePort, port_pipeline
 from porter.pipeline.registration import PortRow, folder_init, package_files
 from porter.shares import share_out
@@ -69,12 +70,29 @@ def convert(
     if len(shares) == 1:
         parts = [_folders(dict(enumerate(targets)), library, rules_dir, evidence, alone=len(names) == 1)]
     else:
-        from concurrent.futures import ProcessPoolExecutor
-
-        with ProcessPoolExecutor(len(shares)) as pool:
-            jobs = [pool.submit(_share, {n: targets[n] for n in s}, source, rules_dir, evidence) for s in shares]
-            parts = [job.result() for job in jobs]
+        parts = _side_by_side([{n: targets[n] for n in share} for share in shares], source, rules_dir, evidence)
+    if not any(part.ports for part in parts):
+        raise PorterError(*(d for part in parts for each in part.found.values() for d in each))
     return _joined(parts, library.version)
+
+
+def _side_by_side(
+    shares: Sequence[Mapping[int, Target]], source: Path | None, rules_dir: Path | None, evidence: Path | None
+) -> list[Folders]:
+    """Each share in a process of its own. If one fails, or the user interrupts, the others end at once."""
+    import multiprocessing
+    import signal
+    from concurrent.futures import ProcessPoolExecutor
+
+    # An interrupt at the terminal reaches all processes; what to do about it is for this one to decide.
+    with ProcessPoolExecutor(len(shares), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+        jobs = [pool.submit(_share, share, source, rules_dir, evidence) for share in shares]
+        try:
+            return [job.result() for job in jobs]
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
 
 
 def _share(
@@ -111,9 +129,17 @@ def _joined(parts: Sequence[Folders], version: str) -> Conversion:
         (d for part in parts for d in part.checked), key=lambda d: (d.span.file, d.span.line) if d.span else ("", 0)
     )
     return Conversion(
-        dict(sorted(files.items())), (*(d for each in found.values() for d in each), *checked), tuple(entries),
-        sum(part.edits_planned for part in parts), _summary(entries, files),
+        dict(sorted(files.items())), (*_version(version), *(d for each in found.values() for d in each), *checked),
+        tuple(entries), sum(part.edits_planned for part in parts), _summary(entries, files),
     )  # fmt: skip
+
+
+def _version(version: str) -> tuple[Diagnostic, ...]:
+    """What is to be said of a source of another version than the rules are written for."""
+    wanted = " ".join(DIFFUSERS)
+    if version == DIFFUSERS[1]:
+        return ()
+    return (Diagnostic("PORT006", f"the source is Diffusers {version}, the rules are written for {wanted}"),)
 
 
 def _summary(entries: Sequence[PortEntry], files: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
@@ -173,6 +199,8 @@ class _Conversion:
             try:
                 pipeline = self._pipeline(target, denoisers)
             except PorterError as error:
+                if alone and isinstance(error, RuleConflict):
+                    raise
                 # A transformer that converts is worth having before its pipeline does.
                 self.diagnostics += error.diagnostics
                 self.blocked[target.name] = error.diagnostics[0]

@@ -17,6 +17,8 @@ from typing import Any
 
 from msgspec import Struct, field
 
+from porter.model import Diagnostic, PorterError
+
 PROVENANCE = "# Ported by"
 """Start of the header line that names the rule set; it changes with every rule, the code below it is what was run."""
 
@@ -95,8 +97,16 @@ def cited(port: Mapping[str, Any], known: Mapping[str, Any], read: Read) -> dict
 
 
 def read_evidence(path: Path | None) -> dict[str, Any]:
-    """All records by class name; none where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    """All records by class name; none where there is no file. Raises PorterError (PORT013) if it is not evidence."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PorterError(Diagnostic("PORT013", f"{path} is no evidence: {error}")) from None
+    if not isinstance(data, dict):
+        raise PorterError(Diagnostic("PORT013", f"{path} is no evidence: it has no records by class name"))
+    return data
 
 
 def remember(path: Path, generated: Path, findings: Mapping[str, Finding]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from porter.model import Diagnostic, PorterError
 
-_CODE = re.compile(r"^(?:PORT)?(\d{3})$", re.IGNORECASE)
+_CODE = re.compile(r"^(?:PORT)?(\d+)$", re.IGNORECASE)
 _PLACE = re.compile(r"^(?P<file>.+):(?P<line>\d+)$")
 
 

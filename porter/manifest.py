@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct, field
 
+from porter import pins
 from porter.evidence import cited
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from porter.targets import Target
     from porter.transformer.port import TransformerPort
 
-ENGINE = "vllm-omni 0.30.0"
+ENGINE = " ".join(pins.ENGINE)
 UNTESTED = "not tested"
 
 

@@ -34,8 +34,8 @@ def find_target(library: Library, name: str) -> Target:
     qualified = library.canonical(public)
     short = qualified.rpartition(".")[2]
     if not library.is_class(qualified):
-        raise PorterError(Diagnostic("PORT003", f"{public} is no class of diffusers {library.version}",
-                                     advice=_closest(library, short)))  # fmt: skip
+        raise PorterError(Diagnostic("PORT003", f"{name or '(no name)'} is no class of diffusers {library.version}",
+                                     advice=_closest(library, public)))  # fmt: skip
     if PIPELINE in library.ancestors(qualified):
         found = _denoisers(library, qualified)
         if not found:
@@ -87,9 +87,13 @@ def _denoisers(library: Library, qualified: str) -> dict[str, str]:
     return {}
 
 
-def _closest(library: Library, name: str) -> str | None:
+def _closest(library: Library, public: str) -> str | None:
     import difflib
 
     module = library.module("diffusers")
-    close = difflib.get_close_matches(name, list(module.imports) if module else [], n=3, cutoff=0.6)
+    exported = module.imports if module else {}
+    name = public.rpartition(".")[2]
+    if name in exported:
+        return f"the source is incomplete: {library.canonical(public)} is imported, and not there"
+    close = difflib.get_close_matches(name, list(exported), n=3, cutoff=0.6)
     return f"near it: {', '.join(close)}" if close else None

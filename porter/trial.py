@@ -17,6 +17,9 @@ from porter.source.library import open_library
 COLUMNS = ("class", "diffusers", "transformers", "pipeline", "diagnostics", "blocked_by")
 """`transformers`: denoiser classes that convert, with their lines. `diagnostics`: codes of everything reported."""
 
+OTHER_VERSION = "PORT006"
+"""True of every row of a trial: the column `diffusers` says it."""
+
 
 def trial(names: Iterable[str], source: Path | None = None) -> str:
     """CSV with a row per class. Raises PorterError when there is no such Diffusers source."""
@@ -41,7 +44,7 @@ def _row(name: str, source: Path | None) -> dict[str, str]:
     return {
         "transformers": " ".join(f"{cls}:{count}" for cls, count in lines.items()),
         "pipeline": "yes" if port.cls else "no",
-        "diagnostics": " ".join(sorted({d.code for d in result.diagnostics})),
+        "diagnostics": " ".join(sorted({d.code for d in result.diagnostics} - {OTHER_VERSION})),
         "blocked_by": _text(blocking),
     }
 

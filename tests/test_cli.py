@@ -118,18 +118,6 @@ def test_a_hand_edit_a_leftover_and_a_missing_file_are_drift(fake, tmp_path, fmt
     assert (tmp_path / "net/net_transformer.py").read_text() == before
 
 
-def test_checking_without_a_manifest_is_usage(fake, tmp_path, capsys):
-    assert main(["check", "--out", str(tmp_path)]) == exits.USAGE
-    assert "manifest.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_broken_manifest_is_one_clear_error(fake, tmp_path, capsys, text):
-    (tmp_path / "manifest.json").write_text(text)
-    assert main(["status", "--out", str(tmp_path)]) == exits.USAGE
-    assert "is no manifest" in capsys.readouterr().err
-
-
 def raising(monkeypatch, error):
     def convert(*_args):
         raise error
@@ -155,18 +143,6 @@ def test_an_internal_error_ends_with_70_in_one_line(monkeypatch, tmp_path, capsy
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_an_interrupt_ends_with_130_and_writes_nothing(monkeypatch, tmp_path, capsys):
-    raising(monkeypatch, KeyboardInterrupt())
-    assert main(["convert", "Net", "--out", str(tmp_path)]) == exits.INTERRUPTED
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_output_that_cannot_be_written_is_one_clear_error(fake, tmp_path, capsys):
-    (tmp_path / "out").write_text("a file")
-    assert main(["convert", "Net", "--out", str(tmp_path / "out")]) == exits.USAGE
-    assert "PORT009" in capsys.readouterr().err
-
-
 def test_status_lists_ports_and_features(tmp_path, capsys):
     data = json.loads(manifest("Net"))
     data["ports"][0]["features"] = {"tp": {"status": "validated", "evidence": "1e-6"}, "sp": {"status": "not tested"}}
@@ -180,11 +156,6 @@ def test_verifying_needs_names_or_all(capsys):
     for arguments in (["verify"], ["verify", "Net", "--all"], ["verify", "--all", "--checkpoint", "x"]):
         assert main(arguments) == exits.USAGE
         assert "PORT013" in capsys.readouterr().err
-
-
-def test_a_device_the_ladder_does_not_have_is_usage(capsys):
-    assert main(["verify", "Net", "--device", "tpu"]) == exits.USAGE
-    assert "PORT013" in capsys.readouterr().err
 
 
 # ---- rules
@@ -221,12 +192,6 @@ def test_a_failing_example_ends_with_4_and_shows_the_difference(tmp_path, capsys
     assert main(["rules", "test", "swap-norm", "--rules", str(tmp_path)]) == exits.EXAMPLES
     out = capsys.readouterr().out
     assert "wrong: swap-norm: what it does" in out and "-y = newer(x)" in out and "swap-norm.yaml:" in out
-
-
-def test_a_broken_rule_file_is_an_error_with_file_and_line(tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text("rule: bad\ncases: [\n")
-    assert main(["rules", "test", "--rules", str(tmp_path)]) == exits.USAGE
-    assert "bad.yaml:3" in capsys.readouterr().err
 
 
 def test_showing_a_rule_gives_its_first_example_as_a_patch(capsys):

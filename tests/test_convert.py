@@ -163,13 +163,6 @@ def test_no_path_of_this_machine_is_on_record(done):
 # ---- refusals and digests
 
 
-@pytest.mark.parametrize(("name", "code"), [("NoSuchPipeline", "PORT003"), ("AutoencoderKL", "PORT004")])
-def test_what_cannot_be_ported_is_refused(name, code):
-    with pytest.raises(PorterError) as error:
-        convert([name, DENOISER])
-    assert [d.code for d in error.value.diagnostics] == [code]
-
-
 def test_a_base_class_that_no_rule_knows_is_reported_and_stays():
     """It may hold behaviour: nothing but the rule on mixins takes bases away."""
     from tests.robustness.trial import Target, converted, installed, overlay

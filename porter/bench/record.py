@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from porter.verify.manifest import write_atomically
+from porter.emit.write import write_atomically
 from porter.verify.outcome import VerifyError
 
 SCHEMA = 1
@@ -46,7 +46,7 @@ class Record:
             self.data["seconds"] = round(time.perf_counter() - self._start, 1)
             text = json.dumps(self.data, indent=1, default=str) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, text)
+        write_atomically({self.path.name: text}, self.path.parent)
 
 
 def read(path: Path) -> dict[str, Any]:

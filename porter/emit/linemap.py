@@ -109,6 +109,8 @@ def _parse(name: str, text: str) -> ast.Module:
 
 def format_files(files: Mapping[str, str]) -> dict[str, str]:
     """The texts as ruff formats them, whatever configuration is around. Raises PorterError (PORT605)."""
+    if not files:
+        return {}
     with tempfile.TemporaryDirectory(prefix="porter-") as folder:
         paths = {name: Path(folder, f"{number}.py") for number, name in enumerate(files)}
         for name, path in paths.items():

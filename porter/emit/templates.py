@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, UndefinedError
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateNotFound, TemplateSyntaxError, UndefinedError
 
 from porter.model import Diagnostic, PorterError
 from porter.resources import TEMPLATES
@@ -19,10 +19,12 @@ def _environment(root: Path) -> Environment:
 
 
 def render(name: str, **values: object) -> str:
-    """Render `templates/<name>`. Raises PorterError (PORT602) for a missing template or variable."""
+    """Render `templates/<name>`. Raises PorterError (PORT602) for a missing or broken template or a missing variable."""
     try:
         return _environment(TEMPLATES).get_template(name).render(**values)
     except TemplateNotFound:
         raise PorterError(Diagnostic("PORT602", f"there is no template {name}")) from None
+    except TemplateSyntaxError as error:
+        raise PorterError(Diagnostic("PORT602", f"template {error.name}:{error.lineno}: {error.message}")) from None
     except UndefinedError as error:
         raise PorterError(Diagnostic("PORT602", f"template {name}: {error.message}")) from None

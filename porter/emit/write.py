@@ -42,6 +42,20 @@ def write_atomically(files: Mapping[str, str], out: Path) -> list[str]:
     return changed
 
 
+def check_writable(path: Path) -> None:
+    """Raise PorterError (PORT009) if a file can't be written there: to know before the work, not after it."""
+    there = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not there.is_dir():
+        reason = f"{there} is no folder"
+    elif not os.access(there, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        reason = "permission denied"
+    else:
+        return
+    raise PorterError(Diagnostic("PORT009", f"can't write {path}: {reason}", advice="nothing was run"))
+
+
 def _differs(path: Path, text: str) -> bool:
     try:
         return path.read_bytes() != text.encode()

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from porter.engine.load import RuleSet, load_rules
-    from porter.engine.run import Outcome, run_rules
+    from porter.engine.run import Outcome, RuleConflict, refuse_conflicts, run_rules
 
-__all__ = ["Outcome", "RuleSet", "load_rules", "run_rules"]
+__all__ = ["Outcome", "RuleConflict", "RuleSet", "load_rules", "refuse_conflicts", "run_rules"]
 
 
 def __getattr__(name: str) -> object:
     """Lazy: importing the package must not import LibCST."""
     import importlib
 
-    homes = {"load_rules": "load", "RuleSet": "load", "run_rules": "run", "Outcome": "run"}
-    if name not in homes:
+    if name not in __all__:
         raise AttributeError(name)
-    return getattr(importlib.import_module(f"porter.engine.{homes[name]}"), name)
+    home = "load" if name in ("load_rules", "RuleSet") else "run"
+    return getattr(importlib.import_module(f"porter.engine.{home}"), name)

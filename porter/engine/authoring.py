@@ -157,7 +157,11 @@ def new(name: str, folder: str, rules: Path | None) -> str:
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
         advice = "small letters, digits and hyphens, for example replace-rms-norm"
         raise PorterError(Diagnostic("PORT013", f"`{name}` can't be the name of a rule", advice=advice))
-    if any(p.stem == name for p in rule_files([root])):
+    if not re.fullmatch(r"\w[\w-]*(/\w[\w-]*)*", folder):
+        raise PorterError(
+            Diagnostic("PORT013", f"`{folder}` is no folder below {root}", advice="for example transformer")
+        )
+    if root.is_dir() and any(p.stem == name for p in rule_files([root])):
         raise PorterError(Diagnostic("PORT224", f"there is a rule {name} already"))
     from porter.emit.write import write_atomically
 

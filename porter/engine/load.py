@@ -72,6 +72,8 @@ def load_rules(paths: Path | Iterable[Path] = RULES, *, examples: bool = False) 
     Raises PorterError with one diagnostic for each thing wrong in any file; nothing is returned if there is one.
     """
     files = rule_files([paths] if isinstance(paths, Path) else paths)
+    if not files and isinstance(paths, Path):
+        raise PorterError(Diagnostic("PORT211", f"there is no rule in {paths}", advice="`porter rules new` starts one"))
     rules: list[Rule] = []
     errors: list[Diagnostic] = []
     for path in files:

@@ -23,11 +23,12 @@ from porter.source.tree import normal
 
 
 class Plan(Struct, frozen=True):
-    """What a stratum would do. `edits` are free of conflicts."""
+    """What a stratum would do. `edits` are free of conflicts; those that are not are in `conflicts` (and `diagnostics`)."""
 
     edits: tuple[Planned, ...]
     diagnostics: tuple[Diagnostic, ...]
     statuses: tuple[SiteStatus, ...]
+    conflicts: tuple[Diagnostic, ...]
 
 
 def plan(unit: Unit, rules: Sequence[Rule], cache: IndexCache | None = None) -> Plan:
@@ -77,7 +78,7 @@ class _Checker:
         edits = tuple(p for p in unique if p.site not in bad)
         found = [d for n, s in enumerate(self.settled) if n not in bad for d in s.diagnostics]
         statuses = tuple(self._status(n, s) for n, s in enumerate(self.settled))
-        return Plan(edits, tuple(dict.fromkeys([*found, *self.conflicts])), statuses)
+        return Plan(edits, tuple(dict.fromkeys([*found, *self.conflicts])), statuses, tuple(self.conflicts))
 
     def _status(self, number: int, settled: Settlement) -> SiteStatus:
         status = settled.status

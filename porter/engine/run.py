@@ -11,7 +11,7 @@ from porter.engine.index import IndexCache
 from porter.engine.load import RuleSet
 from porter.engine.plan import plan
 from porter.engine.schema import PHASES, Phase, Scope
-from porter.model import Diagnostic, SiteStatus, Unit
+from porter.model import Diagnostic, PorterError, SiteStatus, Unit
 
 
 class Outcome(Struct, frozen=True):
@@ -21,6 +21,18 @@ class Outcome(Struct, frozen=True):
     diagnostics: tuple[Diagnostic, ...]
     statuses: tuple[SiteStatus, ...]
     edits: tuple[Planned, ...]
+    conflicts: tuple[Diagnostic, ...] = ()
+    """Edits that can't stand together, which were not made; they are among the diagnostics, too."""
+
+
+class RuleConflict(PorterError):
+    """Two rules want different things in one place: the rules are at fault, not the source."""
+
+
+def refuse_conflicts(outcome: Outcome) -> None:
+    """Raise RuleConflict if edits of rules can't stand together."""
+    if outcome.conflicts:
+        raise RuleConflict(*outcome.conflicts)
 
 
 def run_rules(
@@ -34,6 +46,7 @@ def run_rules(
     found: dict[Diagnostic, None] = {}
     statuses: list[SiteStatus] = []
     edits: list[Planned] = []
+    conflicts: list[Diagnostic] = []
     for each in PHASES if phase is None else (phase,):
         for stratum in rules.strata(each, scope):
             unit = _unshared(unit, cache)
@@ -42,7 +55,8 @@ def run_rules(
             found.update(dict.fromkeys(step.diagnostics))
             statuses += step.statuses
             edits += step.edits
-    return Outcome(unit, tuple(found), tuple(statuses), tuple(edits))
+            conflicts += step.conflicts
+    return Outcome(unit, tuple(found), tuple(statuses), tuple(edits), tuple(conflicts))
 
 
 def _unshared(unit: Unit, cache: IndexCache) -> Unit:

@@ -8,7 +8,7 @@ from typing import cast
 import libcst as cst
 from msgspec import Struct
 
-from porter.engine import RuleSet, load_rules, run_rules
+from porter.engine import RuleSet, load_rules, refuse_conflicts, run_rules
 from porter.facts.pipeline import Members
 from porter.model import Definition, Diagnostic, SiteStatus, Unit
 from porter.source.tree import find, replace_nodes, same, self_attribute, transform
@@ -34,6 +34,7 @@ def clean(definitions: Iterable[Definition], ruleset: RuleSet | None) -> Cleaned
     for definition in definitions:
         unit = Unit((definition,), definition.name)
         outcome = run_rules(unit, chosen, phase="normalize", scope="pipeline")
+        refuse_conflicts(outcome)
         out += outcome.unit.definitions
         statuses += outcome.statuses
         diagnostics += outcome.diagnostics

@@ -18,6 +18,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from porter.model import Definition, Diagnostic, PorterError, Span, Unknown
+from porter.pins import DIFFUSERS
 from porter.source import outline
 from porter.source.absolutise import Resolver, absolutise
 from porter.source.names import DOT, ESCAPED_DOT
@@ -44,7 +45,7 @@ class ModuleSource:
         self.path = path
         self.file = path.relative_to(root).as_posix()
         self.is_package = path.name == "__init__.py"
-        self.text = path.read_text(encoding="utf-8").replace(DOT, ESCAPED_DOT)
+        self.text = _text(path, self.file).replace(DOT, ESCAPED_DOT)
         self._nodes: dict[str, ast.stmt | None] = {}
 
     @cached_property
@@ -183,6 +184,17 @@ class ModuleSource:
         parts = self.name.split(".")
         parts = parts[: len(parts) - node.level + (1 if self.is_package else 0)]
         return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _text(path: Path, file: str) -> str:
+    """Text of a source file. Raises PorterError (PORT101) if it can't be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise PorterError(Diagnostic("PORT101", "the source is not UTF-8", Span(file, line))) from None
+    except OSError as error:
+        raise PorterError(Diagnostic("PORT101", f"can't read {path}: {error.strerror}", Span(file, 1))) from None
 
 
 def _top_level(name: str, node: ast.stmt) -> TopLevel:
@@ -362,9 +374,15 @@ def open_library(source: Path | None = None) -> Library:
         spec = importlib.util.find_spec(PACKAGE)
         if spec is None or not spec.origin:
             raise PorterError(
-                Diagnostic("PORT001", "diffusers is not installed", advice="pip install --no-deps diffusers==0.40.0")
+                Diagnostic(
+                    "PORT001", "diffusers is not installed", advice=f"pip install --no-deps {'=='.join(DIFFUSERS)}"
+                )
             )
         root = Path(spec.origin).parent
+        if (version := _version(root)) != DIFFUSERS[1]:
+            advice = f"install {'=='.join(DIFFUSERS)}, or name a checkout with --source to try its version"
+            message = f"diffusers {version} is installed, the rules are written for {DIFFUSERS[1]}"
+            raise PorterError(Diagnostic("PORT006", message, advice=advice))
     else:
         options = [source, source / PACKAGE, source / "src" / PACKAGE]
         found = next((p for p in options if (p / "__init__.py").is_file() and (p / "models").is_dir()), None)
@@ -375,7 +393,7 @@ def open_library(source: Path | None = None) -> Library:
 
 
 def _version(root: Path) -> str:
-    found = _VERSION.search((root / "__init__.py").read_text(encoding="utf-8"))
+    found = _VERSION.search(_text(root / "__init__.py", "__init__.py"))
     if found:
         return found["version"]
     raise PorterError(Diagnostic("PORT002", f"no __version__ in {root / '__init__.py'}"))

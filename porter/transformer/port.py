@@ -7,7 +7,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from porter.emit.templates import render
-from porter.engine import RuleSet, run_rules
+from porter.engine import RuleSet, refuse_conflicts, run_rules
 from porter.engine.absolute_text import absolutise_text
 from porter.engine.index import IndexCache
 from porter.engine.schema import Phase
@@ -100,6 +100,7 @@ class _Run:
 
     def rules(self, unit: Unit, phase: Phase) -> Unit:
         outcome = run_rules(unit, self.set, phase=phase, scope="transformer", cache=self.cache)
+        refuse_conflicts(outcome)
         self.diagnostics += outcome.diagnostics
         self.statuses += outcome.statuses
         self.edits += len(outcome.edits)

@@ -12,11 +12,14 @@ import os
 import random
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +31,7 @@ from porter.verify.platform import bootstrap
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT = 300.0
 JOB_TIMEOUT = 600.0
+GRACE = 3.0
 
 
 class JobError(Exception):
@@ -52,10 +56,12 @@ class Worker:
     def start(self) -> None:
         """Start importing; returns at once."""
         if self.process is None:
-            with self.log.open("w") as log:
+            with uninterrupted(), self.log.open("w") as log:
+                # A session of its own: an interrupt at the terminal is for the parent, which ends its workers.
                 self.process = subprocess.Popen(
-                    self.command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-                )
+                    self.command, env=self.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                    start_new_session=True,
+                )  # fmt: skip
 
     def ready(self) -> None:
         """Wait until the imports are done."""
@@ -117,20 +123,49 @@ class Worker:
             return 0
         return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def kill(self, grace: float = 3.0) -> None:
-        """End the process, after `grace` seconds by force; a later job starts a fresh one."""
-        process, self.process, self._greeted = self.process, None, False
-        if process is None:
-            return
-        for stream in (process.stdin, process.stdout):
+    def hang_up(self) -> None:
+        """Let the process know that no job follows: it ends after the one it is at."""
+        for stream in (self.process.stdin, self.process.stdout) if self.process else ():
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+
+    def kill(self, grace: float = GRACE) -> None:
+        """End the process and what it started, after `grace` seconds by force; a later job starts a fresh one."""
+        self.hang_up()
+        process, self.process, self._greeted = self.process, None, False
+        if process is None:
+            return
         try:
             process.wait(grace)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            pass
+        finally:
+            end_session(process)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Interrupts wait until the end of the block: one in the middle of starting a process would leave it to itself."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """Kill a process that was started in a session of its own, with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 class Bench:
@@ -139,7 +174,7 @@ class Bench:
     def __init__(self, *, threads: int = 1, keep: Path | None = None) -> None:
         problems = check_environment()
         if problems:
-            raise VerifyError(problems[0].title, problems[0].advice)
+            raise VerifyError(problems[0].title, problems[0].advice, problems[0].code)
         self.folder = Path(tempfile.mkdtemp(prefix="porter_verify_")) if keep is None else keep
         self._keep = keep is not None
         self._numbers = itertools.count()
@@ -162,10 +197,19 @@ class Bench:
         self.close()
 
     def close(self) -> None:
-        for worker in (self.baseline, *self.ranks):
-            worker.kill()
-        if not self._keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """End all workers, within a few seconds in all."""
+        workers = (self.baseline, *self.ranks)
+        limit = time.monotonic() + GRACE
+        try:
+            for worker in workers:
+                worker.hang_up()
+            for worker in workers:
+                worker.kill(max(0.0, limit - time.monotonic()))
+        finally:
+            for worker in workers:
+                worker.kill(0.0)
+            if not self._keep:
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def warm(self, *, engine: int = 1, baseline: bool = True) -> None:
         """Start the imports of the processes that will be needed, all at once."""

@@ -16,6 +16,7 @@ from porter.verify.stand_ins import note, provide
 ORDER = ("tokenizer", "processor", "feature_extractor", "image_processor", "text_encoder", "image_encoder", "vae",
          "scheduler")  # fmt: skip
 SHARD = "2MB"
+AGAIN = "download the checkpoint again; nothing was loaded"
 
 
 def component_classes(pipeline: type) -> dict[str, str | None]:
@@ -96,38 +97,47 @@ def _optional(pipeline: type, name: str, given: Mapping[str, Any]) -> bool:
 
 
 def check_checkpoint(path: Path | str) -> tuple[str, ...]:
-    """Class names in a complete checkpoint folder. Raises VerifyError naming the first thing that is missing."""
+    """Class names in a complete checkpoint folder. Raises VerifyError (PORT011) naming the first thing that is missing."""
     root = Path(path)
     index = root / "model_index.json"
     if not index.is_file():
-        raise VerifyError(f"{root} is no Diffusers checkpoint: it has no model_index.json")
-    try:
-        data = json.loads(index.read_text())
-    except json.JSONDecodeError as error:
-        raise VerifyError(f"{index}:{error.lineno}: not valid JSON") from None
+        raise _unreadable(f"{root} is no Diffusers checkpoint: it has no model_index.json")
+    data = _mapping(index)
     for name, value in data.items():
-        if name.startswith("_") or not isinstance(value, list) or not isinstance(value[0], str):
+        if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
             continue
         folder = root / name
         if not folder.is_dir():
-            raise VerifyError(f"checkpoint {root}: component {name} ({value[1]}) has no folder")
+            raise _unreadable(f"checkpoint {root}: component {name} ({value[1]}) has no folder", AGAIN)
         _check_weights(folder)
     return (data.get("_class_name", ""),)
+
+
+def _unreadable(message: str, advice: str = "") -> VerifyError:
+    return VerifyError(message, advice, "PORT011")
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _unreadable(f"{path}: not valid JSON: {error}", AGAIN) from None
+    if not isinstance(data, dict):
+        raise _unreadable(f"{path}: a mapping is expected", AGAIN)
+    return data
 
 
 def _check_weights(folder: Path) -> None:
     """Every shard that an index names exists and is as long as its header says."""
     for index in folder.glob("*.index.json"):
-        shards = sorted(set(json.loads(index.read_text()).get("weight_map", {}).values()))
+        shards = sorted(set(_mapping(index).get("weight_map", {}).values()))
         missing = [s for s in shards if not (folder / s).is_file()]
         if missing:
-            raise VerifyError(
-                f"checkpoint {folder}: {len(missing)} of {len(shards)} weight files missing: {', '.join(missing[:4])}",
-                "download the checkpoint again; nothing was loaded",
-            )
+            which = f"{len(missing)} of {len(shards)} weight files missing: {', '.join(missing[:4])}"
+            raise _unreadable(f"checkpoint {folder}: {which}", AGAIN)
     config = folder / "config.json"
     if config.is_file() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise VerifyError(f"checkpoint {folder}: no weight file", "download the checkpoint again")
+        raise _unreadable(f"checkpoint {folder}: no weight file", AGAIN)
     for file in folder.glob("*.safetensors"):
         _check_length(file)
 
@@ -138,8 +148,8 @@ def _check_length(file: Path) -> None:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if 8 + length > size:
-            raise VerifyError(f"{file} is cut short", "download it again")
+            raise _unreadable(f"{file} is cut short", AGAIN)
         header = json.loads(stream.read(length))
     end = max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
     if 8 + length + end != size:
-        raise VerifyError(f"{file} is cut short: {size} bytes, its header says {8 + length + end}", "download it again")
+        raise _unreadable(f"{file} is cut short: {size} bytes, its header says {8 + length + end}", AGAIN)

@@ -7,8 +7,8 @@ import importlib.util
 import os
 from dataclasses import dataclass
 
-ENGINE = ("vllm-omni", "0.30.0")
-DIFFUSERS = ("diffusers", "0.40.0")
+from porter.pins import DIFFUSERS, ENGINE
+
 INSTALL_ADVICE = "python -m porter.verify.install builds the environment into the current interpreter"
 
 
@@ -18,6 +18,7 @@ class EnvironmentProblem:
 
     title: str
     advice: str
+    code: str
 
     def __str__(self) -> str:
         return f"{self.title}. {self.advice}"
@@ -35,17 +36,17 @@ def version_of(distribution: str) -> str | None:
 def check_environment() -> tuple[EnvironmentProblem, ...]:
     """Every reason why the engine cannot be run here; empty when all is well. Imports nothing heavy."""
     problems: list[EnvironmentProblem] = []
-    for (name, wanted), what in ((ENGINE, "engine"), (DIFFUSERS, "Diffusers")):
+    pinned = ((*ENGINE, "engine", "PORT007", "PORT008"), (*DIFFUSERS, "Diffusers", "PORT001", "PORT006"))
+    for name, wanted, what, missing, other in pinned:
         found = version_of(name)
         if found is None:
-            problems.append(EnvironmentProblem(f"the {what} is not installed (no {name})", INSTALL_ADVICE))
+            problems.append(EnvironmentProblem(f"the {what} is not installed (no {name})", INSTALL_ADVICE, missing))
         elif found.split("+")[0] != wanted:
-            problems.append(
-                EnvironmentProblem(f"wrong {what}: {name} {found} is installed, {wanted} is needed", INSTALL_ADVICE)
-            )
+            title = f"wrong {what}: {name} {found} is installed, {wanted} is needed"
+            problems.append(EnvironmentProblem(title, INSTALL_ADVICE, other))
     for name in ("torch", "vllm", "transformers", "safetensors"):
         if importlib.util.find_spec(name) is None:
-            problems.append(EnvironmentProblem(f"{name} is not installed", INSTALL_ADVICE))
+            problems.append(EnvironmentProblem(f"{name} is not installed", INSTALL_ADVICE, "PORT007"))
     return tuple(problems)
 
 

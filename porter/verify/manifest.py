@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from porter.emit.write import write_atomically
 from porter.evidence import cited, read_evidence, reader
 from porter.verify.outcome import VerifyError
 
@@ -84,13 +84,18 @@ def read_manifest(generated: Path | str) -> Manifest:
     """Read and check `generated/manifest.json`. Raises VerifyError with one clear sentence."""
     path = Path(generated) / "manifest.json"
     if not path.is_file():
-        raise VerifyError(f"{path} does not exist", "run porter convert first, or give the folder it wrote to")
+        raise VerifyError(
+            f"{path} does not exist", "run porter convert first, or give the folder it wrote to", "PORT013"
+        )
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise VerifyError(f"{path}:{error.lineno}: not valid JSON: {error.msg}", "run porter convert again") from None
+        message = f"{path}:{error.lineno}: not valid JSON: {error.msg}"
+        raise VerifyError(message, "run porter convert again", "PORT013") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise VerifyError(f"{path}: schema {SCHEMA} is needed", "it was written by another version of porter")
+        raise VerifyError(
+            f"{path}: schema {SCHEMA} is needed", "it was written by another version of porter", "PORT013"
+        )
     ports = tuple(_port(row, str(path)) for row in data.get("ports", ()))
     return Manifest(path, data.get("diffusers", ""), data.get("engine", ""), ports)
 
@@ -103,8 +108,12 @@ def find(manifest: Manifest, name: str) -> tuple[Port | None, tuple[Denoiser, ..
     denoiser = manifest.denoisers().get(name.rsplit(".", 1)[-1])
     if denoiser is not None:
         return None, (denoiser,)
-    known = sorted({p.source_class for p in manifest.ports} | set(manifest.denoisers()))
-    raise VerifyError(f"no port of {name} in {manifest.path}", f"there are: {', '.join(known) or 'none'}")
+    known = {p.source_class for p in manifest.ports} | set(manifest.denoisers())
+    close = difflib.get_close_matches(name.rsplit(".", 1)[-1], sorted(known), n=3)
+    advice = (
+        f"near it: {', '.join(close)}" if close else f"porter status --ports --out {manifest.path.parent} lists them"
+    )
+    raise VerifyError(f"no port of {name} in {manifest.path}", advice, "PORT013")
 
 
 def refresh_features(generated: Path | str, evidence: Path | str) -> None:
@@ -123,12 +132,4 @@ def refresh_features(generated: Path | str, evidence: Path | str) -> None:
         }
         features = {**old, **found}
         row["features"] = dict(sorted(features.items()))
-    write_atomically(path, json.dumps(data, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as stream:
-        stream.write(text)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    write_atomically({path.name: json.dumps(data, indent=2) + "\n"}, path.parent)

@@ -26,12 +26,13 @@ BOUND = 1e-5
 
 
 class VerifyError(Exception):
-    """Verification could not be carried out. `advice` says what to do about it."""
+    """Verification could not be carried out. `advice` says what to do about it, `code` names an entry of the catalogue."""
 
-    def __init__(self, message: str, advice: str = "") -> None:
+    def __init__(self, message: str, advice: str = "", code: str = "") -> None:
         super().__init__(message if not advice else f"{message}\n  {advice}")
         self.message = message
         self.advice = advice
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from porter.emit.write import write_atomically
 from porter.evidence import ORDER
-from porter.verify.manifest import write_atomically
 from porter.verify.outcome import ALL_RUNS, BOUND, CaseResult, RungResult
 from porter.verify.parts import parts_of
 
@@ -67,7 +67,8 @@ class VerifyReport:
         """Write the JSON report; atomic."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(self.to_json(), indent=2, default=_plain) + "\n")
+        text = json.dumps(self.to_json(), indent=2, default=_plain) + "\n"
+        write_atomically({path.name: text}, path.parent)
         return path
 
     def table(self, *, cases: bool = False) -> Table:

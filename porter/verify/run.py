@@ -50,6 +50,10 @@ def verify(
     chosen = chosen_rungs(rungs)
     manifest = read_manifest(generated_dir)
     port, denoisers = find(manifest, name)
+    if checkpoint is not None:
+        from porter.verify.checkpoint import check_checkpoint
+
+        check_checkpoint(checkpoint)
     clock = Clock()
     say = progress or (lambda _text: None)
     results: list[RungResult] = []
@@ -58,10 +62,6 @@ def verify(
     heavy = [r for r in chosen if r != "static"]
     imports = 0.0
     if heavy:
-        if checkpoint is not None:
-            from porter.verify.checkpoint import check_checkpoint
-
-            check_checkpoint(checkpoint)
         own = bench is None
         bench = bench or Bench(threads=threads)
         try:
@@ -117,7 +117,7 @@ def chosen_rungs(rungs: Iterable[str] | None, default: tuple[str, ...] = RUNGS) 
     """The rungs of a choice, in the order of the ladder. Raises VerifyError for an unknown one."""
     wanted = tuple(default if rungs is None else rungs)
     if unknown := [r for r in wanted if r not in RUNGS]:
-        raise VerifyError(f"no rung called {', '.join(unknown)}", f"the rungs are: {', '.join(RUNGS)}")
+        raise VerifyError(f"no rung called {', '.join(unknown)}", f"the rungs are: {', '.join(RUNGS)}", "PORT013")
     return tuple(r for r in RUNGS if r in wanted)
 
 

@@ -24,23 +24,6 @@ def test_importing_the_package_imports_neither_torch_nor_the_engine() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-@pytest.mark.parametrize(
-    ("found", "said"),
-    [
-        ({"vllm-omni": None, "diffusers": "0.40.0"}, "the engine is not installed"),
-        ({"vllm-omni": "0.29.0", "diffusers": "0.40.0"}, "wrong engine: vllm-omni 0.29.0 is installed, 0.30.0"),
-        ({"vllm-omni": "0.30.0", "diffusers": "0.38.0"}, "wrong Diffusers: diffusers 0.38.0 is installed, 0.40.0"),
-    ],
-)
-def test_a_missing_or_wrong_version_is_said_first(
-    monkeypatch: pytest.MonkeyPatch, found: dict[str, str | None], said: str
-) -> None:
-    monkeypatch.setattr(environment, "version_of", found.get)
-    problems = environment.check_environment()
-    assert said in problems[0].title
-    assert "porter.verify.install" in problems[0].advice
-
-
 def test_on_a_machine_with_an_accelerator_no_platform_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (bootstrap, environment):
         monkeypatch.setattr(module, "gpu_present", lambda: True)

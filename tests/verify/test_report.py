@@ -35,7 +35,7 @@ def test_a_port_and_a_denoiser_are_found_by_their_diffusers_names(tmp_path: Path
     port, denoisers = find(known, "FooPipeline")
     assert port is not None and [d.cls for d in denoisers] == ["FooModel"]
     assert find(known, "FooModel")[0] is None
-    with pytest.raises(VerifyError, match="there are: FooModel, FooPipeline"):
+    with pytest.raises(VerifyError, match="near it: FooModel"):
         find(known, "Fooo")
 
 

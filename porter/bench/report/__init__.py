@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from porter.bench.record import merge, read
+from porter.emit.write import write_atomically
 from porter.exits import OK, USAGE
-from porter.verify.manifest import write_atomically
 from porter.verify.outcome import VerifyError
 
 
@@ -24,7 +24,7 @@ def keep(record: Path, out: Path) -> int:
         print(f"porter report: {error}", file=sys.stderr)
         return USAGE
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, text)
+    write_atomically({out.name: text}, out.parent)
     print(out)
     return OK
 
@@ -47,7 +47,7 @@ def write(
         for path, text in written.items():
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, text())
+                write_atomically({path.name: text()}, path.parent)
                 print(path)
         if html is None and markdown is None and json_file is None:
             print(performance.table(data), end="")

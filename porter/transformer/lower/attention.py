@@ -14,6 +14,7 @@ from porter.model import Diagnostic, Unknown
 from porter.source import tree
 from porter.source.names import absolute
 
+TENSORS = ("query", "key", "value")
 LAYER = absolute("vllm_omni.diffusion.attention.layer.Attention")
 METADATA = absolute("vllm_omni.diffusion.attention.backends.abstract.AttentionMetadata")
 WORLD_SIZE = absolute("vllm.distributed.get_tensor_model_parallel_world_size")
@@ -43,13 +44,17 @@ def lower_attention(
     layers: dict[tuple[str | None, str], str] = {}
     masked: set[str] = set()
     for site in sites:
-        bound = tree.arguments(site.call, ["query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"])
+        bound = tree.arguments(site.call, [*TENSORS, "attn_mask", "dropout_p", "is_causal", "scale"])
         if bound is None:
             return LoweredAttention((), (), (Diagnostic("PORT302", f"{node.name.value}: arguments hidden behind *"),))
-        unknown = set(bound) - {"query", "key", "value", "attn_mask", "is_causal", "scale"} - _IGNORED
+        unknown = set(bound) - {*TENSORS, "attn_mask", "is_causal", "scale"} - _IGNORED
         if unknown:
             text = ", ".join(sorted(unknown))
             return LoweredAttention((), (), (Diagnostic("PORT302", f"{node.name.value}: keyword {text}"),))
+        if missing := [k for k in TENSORS if k not in bound]:
+            return LoweredAttention(
+                (), (), (Diagnostic("PORT302", f"{node.name.value}: no {', '.join(missing)} is given"),)
+            )
         scale: str | None = None
         if "scale" in bound and not tree.is_none(bound["scale"]):
             scale = _known_in_constructor(bound["scale"], node)
@@ -131,7 +136,7 @@ def _has_mask(bound: dict[str, cst.BaseExpression]) -> bool:
 def _call(bound: dict[str, cst.BaseExpression], layout: str, layer: str) -> cst.BaseExpression:
     turn = ".transpose(1, 2)" if layout == "bhsd" else ""
     text = f"self.{layer}(query{turn}, key{turn}, value{turn}"
-    holes = {k: bound[k] for k in ("query", "key", "value")}
+    holes = {k: bound[k] for k in TENSORS}
     if _has_mask(bound):
         text += f", attn_metadata={METADATA}(attn_mask=mask) if mask is not None else None"
         holes["mask"] = bound["attn_mask"]

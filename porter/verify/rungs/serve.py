@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from porter.verify.bench import Bench, Clock, JobError
+from porter.verify.bench import Bench, Clock, JobError, end_session, uninterrupted
 from porter.verify.manifest import Port
 from porter.verify.outcome import CaseResult, RungResult, rung_of, skipped
 from porter.verify.pipeline_spec import SEED, PipelineSpec
@@ -79,16 +78,19 @@ def _sampling_fields() -> frozenset[str]:
 
 def _run(command: list[str], env: dict[str, str]) -> tuple[int | None, str]:
     """Exit status (None: it took too long and was ended with its children) and output."""
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    with uninterrupted():
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
     try:
         text, _ = process.communicate(timeout=TIMEOUT)
         return process.returncode, text
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end_session(process)
         text, _ = process.communicate()
         return None, text
+    finally:
+        end_session(process)
 
 
 def _last_error(log: str) -> str:
