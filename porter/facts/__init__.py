@@ -11,4 +11,5 @@ def load() -> None:
     import porter.facts.layers
     import porter.facts.masks
     import porter.facts.normed_rotation
-    import porter.facts.sequence.sites  # noqa: F401
+    import porter.facts.sequence.sites
+    import porter.facts.unpadded_masks  # noqa: F401

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import libcst as cst
 
 from porter.engine.registry import FactSite, fact
-from porter.facts.masks import METADATA
+from porter.facts.masks import metadata_names, variables
 from porter.facts.module_calls import Calls, module_calls
 from porter.facts.module_tree import module_tree
 from porter.model import Unit
@@ -104,37 +104,13 @@ def _goes_to(
     if inside is not None:
         if handed or not _stays_inside(inside, forward, name):
             return False
-        allowed |= _to_attention(forward, name)
+        allowed |= metadata_names(forward, name)
     for stmt in (made, inside):
         if stmt is not None:
             allowed |= {id(n) for n in tree.find(stmt, cst.Name)}
     return all(
-        id(n) in allowed for n in _variables(forward.body) if n.value == name
+        id(n) in allowed for n in variables(forward.body) if n.value == name
     )  # a test for None would see another answer where nothing is padding
-
-
-def _variables(node: cst.CSTNode) -> Iterator[cst.Name]:
-    """Names that are variables: no attributes, no keywords."""
-    stack: list[cst.CSTNode] = [node]
-    while stack:
-        each = stack.pop()
-        if isinstance(each, cst.Name):
-            yield each
-        elif isinstance(each, (cst.Attribute, cst.Arg)):
-            stack.append(each.value)
-        else:
-            stack += tree.children(each)
-
-
-def _to_attention(forward: cst.FunctionDef, name: str) -> set[int]:
-    """Names in `AttentionMetadata(attn_mask=mask) if mask is not None else None`."""
-    found: set[int] = set()
-    for choice in tree.find(forward.body, cst.IfExp):
-        if tree.code(choice.test) == f"{name} is not None" and tree.code(choice.orelse) == "None":
-            call = choice.body
-            if isinstance(call, cst.Call) and tree.call_name(call) == METADATA and len(call.args) == 1:
-                found |= {id(n) for n in tree.find(choice, cst.Name)}
-    return found
 
 
 def _made(stmt: cst.If) -> str | None:
@@ -208,4 +184,4 @@ def _stays_inside(stmt: cst.If, forward: cst.FunctionDef, name: str) -> bool:
     stored = {t.target.value for t in tree.find(stmt, cst.AssignTarget) if isinstance(t.target, cst.Name)} - {name}
     stored |= {a.target.value for a in tree.find(stmt, cst.AnnAssign) if isinstance(a.target, cst.Name)}
     known = {id(n) for n in inside}
-    return not any(n.value in stored and id(n) not in known for n in _variables(forward.body))
+    return not any(n.value in stored and id(n) not in known for n in variables(forward.body))

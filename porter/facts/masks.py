@@ -104,3 +104,27 @@ def _read_elsewhere(
         if isinstance(node, cst.Name) and node.value == name and id(node) not in inside | harmless:
             return True
     return False
+
+
+def variables(node: cst.CSTNode) -> Iterator[cst.Name]:
+    """Names that are variables: no attributes, no keywords."""
+    stack: list[cst.CSTNode] = [node]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, cst.Name):
+            yield each
+        elif isinstance(each, (cst.Attribute, cst.Arg)):
+            stack.append(each.value)
+        else:
+            stack += tree.children(each)
+
+
+def metadata_names(forward: cst.FunctionDef, name: str) -> set[int]:
+    """Names in `AttentionMetadata(attn_mask=mask) if mask is not None else None`."""
+    found: set[int] = set()
+    for choice in tree.find(forward.body, cst.IfExp):
+        if tree.code(choice.test) == f"{name} is not None" and tree.code(choice.orelse) == "None":
+            call = choice.body
+            if isinstance(call, cst.Call) and tree.call_name(call) == METADATA and len(call.args) == 1:
+                found |= {id(n) for n in tree.find(choice, cst.Name)}
+    return found
