@@ -10,7 +10,7 @@ import libcst as cst
 
 from porter.facts.pipeline import Guidance, PromptAxis, Regions, Share, prompt_axis
 from porter.facts.pipeline.doubling import Doubled, conditions_of, doubled_names
-from porter.facts.pipeline.liveness import names_of, uses
+from porter.facts.pipeline.liveness import names_of, uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis
@@ -106,7 +106,7 @@ def _join(analysis: Analysis, cut: Pieces, brought: tuple[str, ...], axis: Promp
     for name in inputs:
         if name in doubled:
             return Unknown(f"{name} has the prompts along axis {doubled[name]}")
-    texts = [n for n in inputs if n in brought and is_text(arguments[n])]
+    texts = [n for n in inputs if n in brought and is_text(arguments[n]) and n not in writes(cut.encode)]
     if texts:
         return Unknown(f"the loop itself reads the request's {texts[0]}")
     unsure = [n for n in inputs if Share.UNSURE in shares[n] and Share.ROWS not in shares[n]]

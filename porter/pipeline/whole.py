@@ -13,7 +13,7 @@ from porter.pipeline.analysis import Analysis
 from porter.pipeline.pieces import Pieces, bound_before, initialise, ordered
 from porter.pipeline.predicting import returns, without_refused
 from porter.source.marks import inherit
-from porter.source.tree import body, statement
+from porter.source.tree import body, find, statement
 
 
 def whole_pieces(analysis: Analysis) -> Pieces:
@@ -21,7 +21,7 @@ def whole_pieces(analysis: Analysis) -> Pieces:
     cut = analysis.cut
     assert isinstance(cut, Stages)
     decode = analysis.tail.statements
-    before, written = bound_before(analysis), writes(cut.denoise)
+    before, written = bound_before(analysis), writes(cut.denoise) | _changed(cut.denoise)
     after = live_before([*decode, returns(analysis.tail.result)]) & (before | written)
     returned = ordered(after & written, cut.denoise)
     inputs = ordered(live_before(cut.denoise, returned) & before, cut.denoise)
@@ -39,6 +39,13 @@ def whole_pieces(analysis: Analysis) -> Pieces:
         decode_inputs=tuple(decode_inputs), step_inputs=(), splits=False, sample=None, stepwise=Unknown(cut.reason),
         denoise=tuple(without_refused(s) for s in denoise),
     )  # fmt: skip
+
+
+def _changed(statements: Sequence[cst.BaseStatement]) -> frozenset[str]:
+    """Names of tensors of which the statements set a part."""
+    targets = (t.target for s in statements for a in find(s, cst.Assign) for t in a.targets)
+    parts = (t.value for t in targets if isinstance(t, cst.Subscript))
+    return frozenset(p.value for p in parts if isinstance(p, cst.Name))
 
 
 def _written(statements: Sequence[cst.BaseStatement]) -> frozenset[str]:

@@ -21,6 +21,8 @@ from porter.source.tree import body, children, find, literal_value, self_attribu
 _NOT_VALUES = frozenset({"dtype", "device"})
 _GROWS = frozenset({"append", "extend", "insert", "update", "add_"})
 _CATS = frozenset({"torch·cat", "torch·concat"})
+_NUMBERS = frozenset({"ndim", "size", "height", "width"})
+"""Attributes of tensors and pictures that are numbers."""
 _NEW = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
 """Tensor methods that ask their tensor for its type and place only."""
 
@@ -220,7 +222,7 @@ class _Walk:
             return NOTHING
         if node.attr.value == "shape":
             return Share.COUNT if inner & Share.ROWS else inner
-        return _as_fact(inner) if node.attr.value == "ndim" else inner
+        return _as_fact(inner) if node.attr.value in _NUMBERS else inner
 
     def _subscript(self, node: cst.Subscript) -> Share:
         inner = self.share(node.value)
@@ -260,6 +262,8 @@ class _Walk:
             if node.func.attr.value == "size" and node.args:
                 rows = self.share(node.func.value) & Share.ROWS
                 return (Share.COUNT if _integer(node.args[0].value) == 0 else Share.FACT) if rows else NOTHING
+            if node.func.attr.value == "item":
+                return _as_fact(self.share(node.func.value))
             if node.func.attr.value not in _NEW:
                 given |= self.share(node.func.value)
         found = _in_rows(given)
@@ -274,10 +278,15 @@ def _is_list(node: cst.BaseExpression) -> bool:
 
 
 def _repeats(node: cst.Call) -> bool:
-    """`x.repeat(2, ...)`."""
+    """`x.repeat(2, ...)` or `x.repeat((2,) + ...)`."""
     if not isinstance(node.func, cst.Attribute) or node.func.attr.value != "repeat" or not node.args:
         return False
-    return (_integer(node.args[0].value) or 0) > 1
+    first = node.args[0].value
+    while isinstance(first, (cst.BinaryOperation, cst.Tuple)):
+        if isinstance(first, cst.Tuple) and not first.elements:
+            return False
+        first = first.left if isinstance(first, cst.BinaryOperation) else first.elements[0].value
+    return (_integer(first) or 0) > 1
 
 
 def _in_rows(share: Share) -> Share:

@@ -33,7 +33,7 @@ def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
     base = replace(guided(bench, spec)[0], stop_after=None)
     groups = {
         name: [call_of(bench, spec, checkpoint, case, variant) for case, variant in cases]
-        for name, cases in _groups(base)
+        for name, cases in _groups(base, spec)
     }
     out = bench.path("batch")
     job = port_job(generated, port, checkpoint, [{"requests": calls} for calls in groups.values()], max_num_seqs=3)
@@ -54,7 +54,7 @@ def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
     return rung_of("batch", port.source_class, results, clock())
 
 
-def _groups(base: RequestCase) -> Iterator[tuple[str, list[tuple[RequestCase, int]]]]:
+def _groups(base: RequestCase, spec: PipelineSpec) -> Iterator[tuple[str, list[tuple[RequestCase, int]]]]:
     """Groups of requests by name. A request is a case and the number of its pictures and drawn tensors."""
     turned = [_with_texts(base, lambda text, n=n: _turned(text, n)) for n in range(3)]  # type: ignore[misc]
     yield TOGETHER, [(replace(c, seed=SEED + n), n) for n, c in enumerate(turned)]
@@ -62,9 +62,20 @@ def _groups(base: RequestCase) -> Iterator[tuple[str, list[tuple[RequestCase, in
     endings = ("", ", and longer", " seen from far away in the evening")
     longer = [_with_texts(base, lambda text, e=e: text + e) for e in endings]  # type: ignore[misc]
     yield "other-lengths", [(replace(c, seed=SEED + n), n) for n, c in enumerate(longer)]
-    if isinstance(base.kwargs.get(STEPS), int):
-        more = replace(turned[1], kwargs={**turned[1].kwargs, STEPS: base.kwargs[STEPS] + 1})
-        yield "other-settings", [(turned[0], 0), (more, 1), (turned[2], 2)]
+    other = _other_setting(base, spec)
+    if other:
+        changed = replace(turned[1], kwargs={**turned[1].kwargs, **other})
+        yield "other-settings", [(turned[0], 0), (changed, 1), (turned[2], 2)]
+
+
+def _other_setting(base: RequestCase, spec: PipelineSpec) -> dict[str, Any]:
+    """A setting with another value: guidance, which changes no shape, else one more step; nothing where both are fixed."""
+    for name, values in spec.get("guidance", {}).items():
+        other = [v for v in values if v != base.kwargs.get(name)]
+        if other:
+            return {name: max(other)}
+    steps = base.kwargs.get(STEPS)
+    return {STEPS: steps + 1} if isinstance(steps, int) else {}
 
 
 def _with_texts(case: RequestCase, change: Callable[[str], str]) -> RequestCase:

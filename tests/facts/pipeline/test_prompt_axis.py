@@ -73,3 +73,13 @@ def test_a_value_carried_round_a_loop_is_followed() -> None:
 def test_what_is_put_into_a_list_or_an_attribute_counts() -> None:
     found = shares("parts = []\nparts.append(prompt)\nself._prompt = prompt\nd = {}\nd['g'] = generator\n")
     assert found["parts"] == found["self._prompt"] == found["d"] == Share.ROWS
+
+
+def test_numbers_about_what_a_request_brought_are_facts() -> None:
+    found = shares("w, h = image.size\nlongest = lengths.max().item()\ngrid = torch·arange(h)\n", ("image", "lengths"))
+    assert found["w"] == found["h"] == found["longest"] == found["grid"] == Share.FACT
+
+
+def test_a_repetition_written_with_a_tuple_doubles() -> None:
+    assert Share.BRANCHES in shares("c = e.repeat((2,) + (1,) * (e.ndim - 1))\n", ("e",))["c"]
+    assert Share.BRANCHES not in shares("c = e.repeat((1, 2))\n", ("e",))["c"]
