@@ -17,7 +17,7 @@ from porter.pipeline.analysis import Analysis
 from porter.pipeline.model import Parameter
 from porter.pipeline.parameters import is_text
 from porter.pipeline.pieces import Pieces
-from porter.source.tree import code, find, self_attribute, walk
+from porter.source.tree import code, find, same, self_attribute, walk
 
 _SETTINGS = frozenset({"int", "float", "bool", "None", "Optional", "typing"})
 """Types of parameters that are never content."""
@@ -100,8 +100,8 @@ def _join(analysis: Analysis, cut: Pieces, brought: tuple[str, ...], axis: Promp
     if state is not None:
         return Unknown(f"self.{state} is kept between encoding and denoising and belongs to one request")
     inputs = cut.loop_inputs
-    same = _iterated(analysis) & set(inputs)
-    shares = {n: Share.FACT if n in same else axis.of(n) for n in inputs}
+    passed = _iterated(analysis) & set(inputs)
+    shares = {n: Share.FACT if n in passed else axis.of(n) for n in inputs}
     doubled = _doubled_elsewhere(analysis)
     for name in inputs:
         if name in doubled:
@@ -147,10 +147,12 @@ def _doubled_elsewhere(analysis: Analysis) -> dict[str, int]:
 
 
 def _iterated(analysis: Analysis) -> set[str]:
-    """Names that loops of the denoising run over, the time steps first of all."""
+    """Names whose entries loops of the denoising go through, the time steps first of all."""
     cut = analysis.cut
     nodes: Iterable[cst.CSTNode] = [cut.loop.node] if isinstance(cut, Regions) else cut.denoise
-    return {"timesteps"} | {n for node in nodes for loop in find(node, cst.For) for n in uses(loop.iter)}
+    loops = [loop.iter for node in nodes for loop in find(node, cst.For)]
+    counting = [c for each in loops for c in find(each, cst.Call) if same(c.func, cst.Name("range"))]
+    return {"timesteps"} | {n for each in loops for n in uses(each)} - {n for each in counting for n in uses(each)}
 
 
 def _state_of_a_request(analysis: Analysis, axis: PromptAxis) -> str | None:
