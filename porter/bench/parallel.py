@@ -144,7 +144,8 @@ class Pair:
         return _apart(outputs[1], outputs[0])
 
     def _mode(self, row: Mapping[str, Any], subject: str, mode: Mode) -> dict[str, Any]:
-        """Load on one or both ranks, then eager and compiled: output, tokens, calls, time."""
+        """Load on one or both ranks, then eager and compiled: output, tokens, calls; what is served is compiled, so that is
+        what is timed."""
         world = 2 if mode.alone else 1
         cuda = bool(self.record.data["device"].get("cuda"))
         loaded = self._all(
@@ -169,7 +170,7 @@ class Pair:
             ran = self._all(world, {**job, "job": "run", "out": str(out)})
             found["calls"] = [a["calls"] for a in ran]
             found[stage] = {"compiled": ran[0]["compiled"]}
-            if self.options.rounds:
+            if self.options.rounds and stage == "compiled":
                 rounds = [self._all(world, {**job, "job": "time"}) for _ in range(self.options.rounds)]
                 found[stage]["rounds"] = [[a["round"] for a in answers] for answers in rounds]
         self._all(world, {"job": "release"})
