@@ -148,6 +148,8 @@ class Bench:
         import torch
 
         inputs = self._inputs(job)
+        if not torch.is_tensor(inputs.get("hidden_states")):
+            return {"states": 0, "reason": "there is no one tensor of latents, called hidden_states"}
         state = inputs["hidden_states"].float()
         states: list[torch.Tensor] = []
         with self.subject.context():

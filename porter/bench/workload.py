@@ -1,12 +1,14 @@
 """What is run: a denoiser at its real size, as data: benchmarks/workloads/<DenoiserClass>.yaml.
 
-The format is that of tests/corpus/configs (`porter.verify.cases`), with one key more: `depth`, the constructor
-parameters that count layers and how many the whole model has. `base` is what differs from the constructor's defaults,
-mostly nothing.
+The format is that of tests/corpus/configs (`porter.verify.cases`), with three keys more. `depth`: the constructor parameters
+that count layers and how many the whole model has. `multiple`, if layers come in groups of so many. `follows`: lists of
+`base` or of the inputs that go with the depth: `entries` have one entry for each layer, `numbers` are numbers of layers.
+`base` is what differs from the constructor's defaults, mostly nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from porter.verify.cases import ModuleCase, load_cases, parse_cases
 from porter.verify.outcome import VerifyError
 
 TINY_CASES = 2
+FOLLOWS = ("entries", "numbers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +68,14 @@ def load_workload(
     layers = data.pop("depth", None) if isinstance(data, dict) else None
     if not isinstance(layers, dict) or not layers or not all(isinstance(n, int) and n > 0 for n in layers.values()):
         raise VerifyError(f"{path}: depth maps the parameters that count layers to their numbers")
-    cut = cut_depth(layers, depth)
+    multiple = data.pop("multiple", 1)
+    if not isinstance(multiple, int) or multiple < 1:
+        raise VerifyError(f"{path}: multiple is a number of layers")
+    cut = cut_depth(layers, depth, multiple)
     config = {**data.get("base", {}), **{k: run for k, (run, whole) in cut.items() if run != whole}}
-    cases = _chosen(parse_cases(data | {"base": config}, str(path), denoiser), only, str(path))
-    return Workload(denoiser, cases[:most], config, cut)
+    content = _cut_lists(data | {"base": config}, sum(run for run, _ in cut.values()), str(path))
+    cases = _chosen(parse_cases(content, str(path), denoiser), only, str(path))
+    return Workload(denoiser, cases[:most], content["base"], cut)
 
 
 def tiny_workload(denoiser: str, *, only: tuple[str, ...] = (), most: int | None = None) -> Workload:
@@ -80,12 +87,30 @@ def tiny_workload(denoiser: str, *, only: tuple[str, ...] = (), most: int | None
     return Workload(denoiser, _chosen(same, only, "the tiny workload")[:most], cases[0].config)
 
 
-def cut_depth(layers: Mapping[str, int], depth: int | None) -> dict[str, tuple[int, int]]:
-    """`depth` layers in all, shared out as in the whole model, at least one of each kind."""
+def cut_depth(layers: Mapping[str, int], depth: int | None, multiple: int = 1) -> dict[str, tuple[int, int]]:
+    """`depth` layers in all, shared out as in the whole model, whole groups of `multiple`, at least one of each kind."""
     whole = sum(layers.values())
     if depth is None or depth >= whole:
         return {k: (n, n) for k, n in layers.items()}
-    return {k: (max(1, round(n * depth / whole)), n) for k, n in layers.items()}
+    groups = {k: max(1, math.ceil(round(n * depth / whole) / multiple)) for k, n in layers.items()}
+    return {k: (min(n, groups[k] * multiple), n) for k, n in layers.items()}
+
+
+def _cut_lists(data: dict[str, Any], layers: int, where: str) -> dict[str, Any]:
+    """The content of a file without `follows`: the lists that it names are those of the first `layers` layers."""
+    follows = data.pop("follows", {})
+    if not isinstance(follows, dict) or not set(follows.values()) <= set(FOLLOWS):
+        raise VerifyError(f"{where}: follows maps lists to {' or '.join(FOLLOWS)}")
+    for place in (data[key] for key in ("base", "inputs") if key in data):
+        for name in set(place) & set(follows):
+            place[name] = _cut_list(place[name], follows[name], layers)
+    return data
+
+
+def _cut_list(value: Any, kind: str, layers: int) -> Any:
+    if isinstance(value, dict):
+        return {"list": _cut_list(value["list"], kind, layers)}
+    return value[:layers] if kind == "entries" else [n for n in value if n < layers]
 
 
 def known_workloads() -> tuple[str, ...]:
