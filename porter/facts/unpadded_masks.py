@@ -123,23 +123,25 @@ class _Use:
     def _guarded(self, stmt: cst.If) -> bool:
         """`if mask is not None:` makes other masks of it, which are None if it is; what else it stores stays inside."""
         stored: set[str] = set()
+        inner: set[str] = set()
         for line in tree.body(stmt):
             small = line.body[0] if isinstance(line, cst.SimpleStatementLine) and len(line.body) == 1 else None
             if isinstance(small, cst.Assign) and len(small.targets) == 1:
                 target = small.targets[0].target
                 if isinstance(target, cst.Name) and self._true(small.value) and self._mask(small.value):
                     if target.value not in self.masks and not self._made(target.value):
-                        return False
+                        inner.add(target.value)
                     self.masks.add(target.value)
                     self.allowed |= {id(n) for n in self._made(target.value)}
                     continue
                 stored |= {n.value for n in tree.find(target, cst.Name)}
             elif not (isinstance(line, cst.If) and all(isinstance(s, cst.Raise) for s in _smalls(line))):
                 return False
+        self.masks -= inner
         inside = {id(n) for n in tree.find(stmt, cst.Name)}
         self.allowed |= inside
-        names = list(variables(self.forward.body))
-        return not stored & self.masks and not any(n.value in stored and id(n) not in inside for n in names)
+        left = [n.value for n in variables(self.forward.body) if id(n) not in inside]
+        return not stored & self.masks and not (stored | inner) & set(left)
 
     def _made(self, name: str) -> list[cst.Name]:
         """Targets of `name = None`."""

@@ -20,7 +20,7 @@ def _why_not() -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = _why_not()
     for item in items:
-        if reason and "bench" in getattr(item, "fixturenames", ()):
+        if reason and {"bench", "engine_environment"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
@@ -31,6 +31,14 @@ def bench() -> Iterator[object]:
     with Bench() as made:
         made.warm(engine=2)
         yield made
+
+
+@pytest.fixture(scope="session")
+def engine_environment() -> dict[str, str]:
+    """Environment of a process that imports the engine itself."""
+    from porter.verify.platform.bootstrap import environment
+
+    return environment()
 
 
 @pytest.fixture(scope="session")
