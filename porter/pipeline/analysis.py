@@ -27,6 +27,7 @@ from porter.facts.pipeline import (
     tail,
 )  # fmt: skip
 from porter.facts.pipeline.broken import broken
+from porter.facts.pipeline.guider_loop import GuiderLoop, guider_loop
 from porter.facts.pipeline.liveness import uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.facts.pipeline.undefined import asked_for, undefined
@@ -57,6 +58,7 @@ class Analysis(Struct, frozen=True, dict=True):
     parameters: tuple[Parameter, ...]
     cut: Regions | Stages
     guidance: Guidance | Unknown
+    branches: GuiderLoop | Unknown
     tail: Tail
     constructor: tuple[cst.BaseStatement, ...]
     helpers: tuple[Helper, ...]
@@ -125,7 +127,8 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     functions = {h.name: h.node for h in helpers}
     guide = guidance(cut, names, forward, functions) if isinstance(cut, Regions) else Unknown(cut.reason)
     return Analysis(
-        found, parts, tuple(arguments), mapping, cut, guide, end,
+        found, parts, tuple(arguments), mapping, cut, guide,
+        guider_loop(cut.predict) if isinstance(cut, Regions) else Unknown(cut.reason), end,
         tuple(_constructor(found, known, [c.name for c in parts])), tuple(helpers), local.kept, span, cleaned.statuses,
         (*cleaned.diagnostics, *faults),
     )  # fmt: skip
@@ -155,7 +158,7 @@ def in_stages(analysis: Analysis, reason: str) -> Analysis:
     whole = [*cut.encode, cut.loop.node, *analysis.tail.statements]
     names = [c.name for c in analysis.denoisers]
     found = _stages(analysis.members.cls.name, whole, names, analysis.helpers, reason, analysis.call_span)
-    return replace(analysis, cut=found, guidance=Unknown(reason))
+    return replace(analysis, cut=found, guidance=Unknown(reason), branches=Unknown(reason))
 
 
 def _stages(

@@ -121,6 +121,8 @@ def _cut(analysis: Analysis) -> tuple[Analysis, Pieces]:
 
 def _cfg_feature(analysis: Analysis) -> Feature:
     guide = analysis.guidance
+    if not isinstance(analysis.branches, Unknown):
+        return Feature("generated")
     if isinstance(guide, Unknown):
         return Feature("unsupported", guide.reason)
     return Feature("generated") if guide.negative is not None else Feature("unsupported", "one call per step")

@@ -9,14 +9,16 @@ import libcst as cst
 from porter.facts.pipeline import Branch, Combination, Guidance
 from porter.facts.pipeline.guidance import ALWAYS
 from porter.facts.pipeline.liveness import live_before, uses, writes
+from porter.model import Unknown
 from porter.pipeline.analysis import Analysis
+from porter.pipeline.branches import branch_code
+from porter.pipeline.refused import is_refused, without_refused
 from porter.source.marks import Mark, inherit, mark_of
 from porter.source.names import DOT
-from porter.source.tree import code, expression, same, statement, substitute, transform
+from porter.source.tree import code, expression, same, statement, substitute
 
 RULE = "split-guidance"
 _DOC = '    """The prediction of one guidance branch."""\n'
-REFUSED_ARGUMENTS = frozenset({"return_dict", "attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs"})
 
 
 def branch_reads(guide: Guidance) -> list[cst.BaseStatement]:
@@ -54,12 +56,7 @@ def process_reads(guide: Guidance) -> list[str]:
 
 
 def _kept(branch: Branch) -> Mapping[str, cst.BaseExpression]:
-    return {n: v for n, v in branch.arguments.items() if not _refused(n, v)}
-
-
-def _refused(name: str, value: cst.BaseExpression) -> bool:
-    """Whether an argument is one a request can't give, and nothing else fills it."""
-    return name == "return_dict" or (name in REFUSED_ARGUMENTS and same(value, cst.Name("None")))
+    return {n: v for n, v in branch.arguments.items() if not is_refused(n, v)}
 
 
 def predict_code(
@@ -68,8 +65,11 @@ def predict_code(
     """The body of the prediction method, and methods of the engine's mixin that it needs in another form."""
     guide = analysis.guidance
     if not isinstance(guide, Guidance):
-        out = [*analysis.regions.predict, *analysis.regions.guide, _with_extras(cst.Name(noise), extras)]
-        return [without_refused(s) for s in out], []
+        loop, methods = list(analysis.regions.predict[-1:]), list[cst.BaseStatement]()
+        if not isinstance(analysis.branches, Unknown):
+            loop, methods = branch_code(analysis.branches)
+        out = [*analysis.regions.predict[:-1], *loop, *analysis.regions.guide, _with_extras(cst.Name(noise), extras)]
+        return [without_refused(s) for s in out], methods
     mark = mark_of(analysis.regions.predict[-1])
     denoiser = _denoiser_entry(guide)
     context = {f'"{n}"': cst.Name(n) for n in process_reads(guide)}
@@ -214,20 +214,6 @@ def _dict(entries: Mapping[str, cst.BaseExpression]) -> cst.Dict:
 
 def _assign(name: str, value: cst.BaseExpression) -> cst.SimpleStatementLine:
     return cst.SimpleStatementLine([cst.Assign([cst.AssignTarget(cst.Name(name))], value)])
-
-
-def without_refused(node: cst.BaseStatement) -> cst.BaseStatement:
-    """The statement with calls that pass no argument a port's denoiser does not take."""
-    return transform(node, {cst.Call: _call_without_refused})
-
-
-def _call_without_refused(original: cst.Call, updated: cst.Call) -> cst.Call:
-    kept = [
-        a
-        for a in updated.args
-        if a.keyword is None or a.star or a.keyword.value == "return_dict" or not _refused(a.keyword.value, a.value)
-    ]
-    return updated.with_changes(args=kept) if len(kept) != len(updated.args) else updated
 
 
 def returns(value: cst.BaseExpression) -> cst.SimpleStatementLine:

@@ -55,7 +55,7 @@ def denoiser_reads(analysis: Analysis) -> dict[str, tuple[str, ...]]:
 
 PROVIDED = frozenset({
     "od_config", "parallel_config", "device", "dtype", "scheduler_step_maybe_with_cfg", "predict_noise", "progress_bar",
-    "predict_noise_maybe_with_cfg", "__class__", "step_latents",
+    "predict_noise_maybe_with_cfg", "predict_noise_with_multi_branch_cfg", "__class__", "step_latents",
 })  # fmt: skip
 """Attributes every port has: set by the shell, or methods of the engine's mixins."""
 

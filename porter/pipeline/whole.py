@@ -11,7 +11,8 @@ from porter.facts.pipeline.stages import Stages
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis
 from porter.pipeline.pieces import Pieces, bound_before, initialise, ordered
-from porter.pipeline.predicting import returns, without_refused
+from porter.pipeline.predicting import returns
+from porter.pipeline.refused import without_refused
 from porter.source.marks import inherit
 from porter.source.tree import body, find, statement
 
