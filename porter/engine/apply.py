@@ -18,7 +18,7 @@ from porter.engine.edits import Add, AddDefinition, Insert, Planned, Remove, Rem
 from porter.engine.index import Index, IndexCache
 from porter.model import Definition, Unit
 from porter.source.marks import Mark, inherit, mark_of, with_mark
-from porter.source.tree import code_fields
+from porter.source.tree import changed, code_fields
 
 _LAYOUT = (
     cst.BaseParenthesizableWhitespace,
@@ -204,7 +204,7 @@ class _Application:
         if isinstance(node, cst.ClassDef) and "bases" in changes and changes["bases"] and not node.bases:
             changes["lpar"], changes["rpar"] = cst.LeftParen(), cst.RightParen()
         if changes:
-            node_ = node.with_changes(**changes)
+            node_ = changed(node, changes)
             rules = self.touched.get(id(node))
             mark = mark_of(node) if rules and isinstance(node, cst.BaseStatement) else None
             if mark is not None and rules:

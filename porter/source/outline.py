@@ -15,6 +15,8 @@ from msgspec import Struct
 
 _DEFINES = re.compile(r"(?:async\s+def|def|class)\s+(\w+)|(\w+)\s*(?::[^=]+)?=(?!=)")
 _HEADER_LINES = 40
+_INSIDE = " \t\n\r)]}"
+"""What a line begins with that belongs to the statement above."""
 _BLOCK = re.compile(r"(?:if|else|elif|try|except|finally|for|with)\b")
 
 
@@ -33,18 +35,25 @@ def chunks(lines: list[str]) -> list[Chunk]:
     start = 0
     depth_text = False
     quote = ""
-    for number, line in enumerate(lines, 1):
+    # Lines inside a statement say nothing unless they open or close a text: most are passed over at once.
+    telling = [n for n, line in enumerate(lines, 1) if line[0] not in _INSIDE or '"""' in line or "'''" in line]
+    before = 0
+    for number in telling:
+        line = lines[number - 1]
         if depth_text:
             depth_text = quote not in line
+            before = number
             continue
-        head = line[:1]
-        top = bool(head) and head not in " \t\n\r)]}"
-        if top and head == "#":
+        top = line[0] not in _INSIDE
+        if begin is not None and not start and "\n" in lines[before : number - 1]:
+            begin = None  # a comment that stands alone
+        before = number
+        if top and line[0] == "#":
             if begin is None or start:
                 if start:
                     found.append(Chunk(begin or number, _trimmed(lines, number - 1), start))
                 begin, start = number, 0
-        elif top and head == "@":
+        elif top and line[0] == "@":
             if start or begin is None:
                 if start:
                     found.append(Chunk(begin or number, _trimmed(lines, number - 1), start))
@@ -57,8 +66,6 @@ def chunks(lines: list[str]) -> list[Chunk]:
                 begin = number
             if not (start and _continues(line)):
                 start = number
-        elif head == "\n" and begin is not None and not start:
-            begin = None  # a comment that stands alone
         opened = _opens_text(line)
         if opened:
             depth_text, quote = True, opened

@@ -134,6 +134,15 @@ def clone(node: Node) -> Node:
     return new
 
 
+def changed(node: Node, changes: Mapping[str, object]) -> Node:
+    """`node.with_changes` without the checks of the node class: what is printed is parsed again in the end."""
+    kind = type(node)
+    new = object.__new__(kind)
+    for name in _all_fields[kind]:
+        object.__setattr__(new, name, changes[name] if name in changes else getattr(node, name))
+    return new
+
+
 @lru_cache(maxsize=4096)
 def literal_value(text: str) -> object:
     """Value of a number or string literal."""
@@ -236,7 +245,7 @@ def _rebuilt(node: cst.CSTNode, planned: dict[int, object], touched: set[int]) -
         elif id(value) in touched:
             new = _rebuilt(value, planned, touched)
             changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
-    updated = node.with_changes(**changes) if changes else node
+    updated = changed(node, changes) if changes else node
     if id(node) in planned:
         edit = planned[id(node)]
         return edit(updated) if callable(edit) else edit
@@ -271,7 +280,7 @@ def _transformed(node: Any, leave: Leave) -> object:
             new = _transformed(value, leave)
             if new is not value:
                 changes[name] = None if isinstance(new, cst.RemovalSentinel) else new
-    updated = node.with_changes(**changes) if changes else node
+    updated = changed(node, changes) if changes else node
     return leave[kind](node, updated) if kind in leave else updated
 
 

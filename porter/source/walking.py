@@ -112,13 +112,16 @@ def _descend(node: cst.CSTNode, enters: Mapping[type, bool]) -> Iterator[Any]:
     while stack:
         top = pop()
         yield top
-        read = _reader[type(top)]
+        kind = type(top)
+        if kind is cst.Name:
+            continue  # every second node
+        read = _reader[kind]
         if read is None:
             continue
-        for value in reversed(read(top)):
+        for value in read(top)[::-1]:
             kind = type(value)
             if kind is tuple or kind is list:
-                for item in reversed(value):  # type: ignore[call-overload]
+                for item in value[::-1]:  # type: ignore[index]
                     if enters[type(item)]:
                         push(item)
             elif enters[kind]:

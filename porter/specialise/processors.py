@@ -24,6 +24,8 @@ def sets_processor(definition: Definition) -> cst.Call | None:
     if not isinstance(definition.node, cst.ClassDef):
         return None
     found = [c for c in tree.find(definition.node, cst.Call) if tree.call_name(c) == "self.set_processor"]
+    if not found:
+        return None
     init = tree.method(definition.node, "__init__")
     own = {id(n) for n in tree.walk(init)} if init is not None else set()
     inherited = [
