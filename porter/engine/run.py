@@ -49,7 +49,7 @@ def run_rules(
     conflicts: list[Diagnostic] = []
     for each in PHASES if phase is None else (phase,):
         for stratum in rules.strata(each, scope):
-            unit = _unshared(unit, cache)
+            unit = unshared(unit, cache)
             step = plan(unit, stratum, cache)
             unit = apply(unit, step.edits, cache) if step.edits else unit
             found.update(dict.fromkeys(step.diagnostics))
@@ -59,7 +59,7 @@ def run_rules(
     return Outcome(unit, tuple(found), tuple(statuses), tuple(edits), tuple(conflicts))
 
 
-def _unshared(unit: Unit, cache: IndexCache) -> Unit:
+def unshared(unit: Unit, cache: IndexCache) -> Unit:
     """The unit with each node once; the very same one if it is so already, for what is known about it is kept by it."""
     definitions = tuple(cache.unshared(d) for d in unit.definitions)
     changed = any(new is not old for new, old in zip(definitions, unit.definitions, strict=True))

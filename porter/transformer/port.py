@@ -10,6 +10,7 @@ from porter.emit.templates import render
 from porter.engine import RuleSet, refuse_conflicts, run_rules
 from porter.engine.absolute_text import absolutise_text
 from porter.engine.index import IndexCache
+from porter.engine.run import unshared
 from porter.engine.schema import Phase
 from porter.facts.module_tree import module_tree
 from porter.facts.projections import Merge
@@ -113,7 +114,7 @@ class _Run:
 
 def _lower(run: _Run, unit: Unit, attention_roles: dict[str, str]) -> tuple[Unit, tuple[Merge, ...]]:
     """Engine layers for attention, projections and norms, by the rules of phase `lower`."""
-    unit = replace(unit, facts={"attention_roles": attention_roles})
+    unit = unshared(replace(unit, facts={"attention_roles": attention_roles}), run.cache)
     merges = tensor_parallel(unit).merges()
     unit = run.rules(unit, "lower")
     tidied = [
@@ -124,7 +125,7 @@ def _lower(run: _Run, unit: Unit, attention_roles: dict[str, str]) -> tuple[Unit
 
 def _shard(run: _Run, unit: Unit, library: Library, policy: Policy) -> tuple[Unit, str | None]:
     """The sequence-parallel plan, by the rules of phase `shard`; or why there is none."""
-    unit = replace(unit, facts={"library": library, "refused": policy.refused})
+    unit = unshared(replace(unit, facts={"library": library, "refused": policy.refused}), run.cache)
     plan = sequence_plan(unit)
     return run.rules(unit, "shard"), plan.reason if isinstance(plan, Unknown) else None
 
