@@ -41,6 +41,8 @@ class Liveness:
     removed: set[Slot] = field(default_factory=set)
     attributes: set[str] = field(default_factory=set)
     home: str = ""
+    _reads: dict[tuple[int, str], Reads] = field(default_factory=dict)
+    """What `reads` found for the present sets."""
 
     @classmethod
     def of(cls, model: Model) -> Liveness:
@@ -60,13 +62,16 @@ class Liveness:
         return not spec.qualified.startswith(self.home + ".")
 
     def _attributes(self) -> None:
-        self.attributes = {
+        alive = {
             n.attr.value
             for spec in self.specs
             for name, method in methods(spec, self.model)
             for n in self.reads(spec, name, method)
             if type(n) is cst.Attribute
         }
+        if alive != self.attributes:
+            self.attributes = alive
+            self._reads.clear()
 
     def _parameters(self) -> None:
         chosen = {id(s) for specs in self.model.record.choices.values() for s in specs}
@@ -83,15 +88,19 @@ class Liveness:
                     slot = (id(spec), name, label)
                     value = seen.get(label)
                     constant = is_constant(value) and (self.shared(spec) or value == Const(None) or name != "__init__")
-                    if label not in read or constant:
+                    if (label not in read or constant) and slot not in self.removed:
                         self.removed.add(slot)
+                        self._reads.clear()
 
     # -- reads -------------------------------------------------------------------------------------------------------
     def reads(self, spec: Spec, name: str, method: cst.FunctionDef) -> Reads:
         """Names and attributes in load position that survive folding in a method."""
-        found: Reads = []
-        self._block(spec, name, tree.body(method), found)
-        return found
+        key = (id(spec), name)
+        if key not in self._reads:
+            found: Reads = []
+            self._block(spec, name, tree.body(method), found)
+            self._reads[key] = found
+        return self._reads[key]
 
     def _block(self, spec: Spec, name: str, stmts: list[cst.BaseStatement], found: Reads) -> None:
         for stmt in stmts:
