@@ -11,7 +11,8 @@ import ast
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from msgspec import Struct
@@ -84,10 +85,11 @@ def finish(marked: Mapping[str, str], templates: Mapping[str, str] | None = None
     statements of the formatted text are others.
     """
     stripped = {name: strip(text) for name, text in marked.items()}
-    trees = {name: _parse(name, text) for name, text in marked.items()}
-    formatted = format_files(stripped)
+    with _formatting(stripped) as formatted:  # ruff runs beside the parser
+        trees = {name: _parse(name, text) for name, text in marked.items()}
+        texts = formatted()
     finished: dict[str, Finished] = {}
-    for name, text in formatted.items():
+    for name, text in texts.items():
         tree = ast.parse(text)
         lines = _line_map(name, marked[name], trees[name], text, tree, (templates or {}).get(name, name))
         finished[name] = Finished(text, lines, tree)
@@ -109,8 +111,16 @@ def _parse(name: str, text: str) -> ast.Module:
 
 def format_files(files: Mapping[str, str]) -> dict[str, str]:
     """The texts as ruff formats them, whatever configuration is around. Raises PorterError (PORT605)."""
-    if not files:
-        return {}
+    with _formatting(files) as formatted:
+        return formatted()
+
+
+@contextmanager
+def _formatting(files: Mapping[str, str]) -> Iterator[Callable[[], dict[str, str]]]:
+    """Starts ruff; the function waits for it and gives the texts. Raises PorterError (PORT605), and so does the function."""
+    if not files:  # without a file ruff formats the working folder
+        yield dict
+        return
     with tempfile.TemporaryDirectory(prefix="porter-") as folder:
         paths = {name: Path(folder, f"{number}.py") for number, name in enumerate(files)}
         for name, path in paths.items():
@@ -124,18 +134,22 @@ def format_files(files: Mapping[str, str]) -> dict[str, str]:
             "--target-version",
             "py311",
         ]
+        command = [ruff(), "format", *options, *map(str, paths.values())]
         try:
-            done = subprocess.run(
-                [ruff(), "format", *options, *map(str, paths.values())], capture_output=True, text=True, check=False
-            )
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         except OSError as error:
             raise PorterError(Diagnostic("PORT605", f"ruff can't be run: {error}")) from None
-        if done.returncode:
-            detail = done.stderr
-            for name, path in paths.items():
-                detail = detail.replace(str(path), name)
-            raise PorterError(Diagnostic("PORT605", f"ruff could not format: {detail.strip()}"))
-        return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+
+        def formatted() -> dict[str, str]:
+            detail = process.communicate()[1]
+            if process.returncode:
+                for name, path in paths.items():
+                    detail = detail.replace(str(path), name)
+                raise PorterError(Diagnostic("PORT605", f"ruff could not format: {detail.strip()}"))
+            return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+
+        with process:  # ends only when ruff has: its files are about to go
+            yield formatted
 
 
 def ruff() -> str:
