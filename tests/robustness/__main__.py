@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections import Counter
 
+from tests.robustness.record import record
 from tests.robustness.trial import count, trial
 
 
@@ -19,20 +21,35 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--engine", action="store_true", help="also run what converts, beside Diffusers")
     parser.add_argument("--verbose", action="store_true", help="print every trial")
+    parser.add_argument("--seconds", type=float, help="begin no mutant after so many seconds")
+    parser.add_argument("--record", action="store_true", help="put the counts into results.json")
     options = parser.parse_args()
     numbers = range(options.first, options.first + options.count)
+    started = time.monotonic()
     if options.engine:
         from tests.robustness.semantics import run
 
-        return run(numbers, options.verbose)
+        done, outcomes, silent = run(numbers, options.verbose, options.seconds)
+        if options.record:
+            record("engine", _command(), done, outcomes, time.monotonic() - started)
+        return 1 if silent else 0
     verdicts: Counter[str] = Counter()
     for number in numbers:
+        if options.seconds is not None and time.monotonic() - started > options.seconds:
+            numbers = range(numbers.start, number)
+            break
         found, _ = trial(number)
         verdicts[found.verdict] += 1
         if options.verbose or found.verdict in ("crashed", "bad output"):
             print(found.line(), flush=True)
     print(f"{len(numbers)} mutants: {count(verdicts)}")
+    if options.record:
+        record("convert", _command(), numbers, verdicts, time.monotonic() - started)
     return 1 if verdicts["crashed"] or verdicts["bad output"] else 0
+
+
+def _command() -> str:
+    return " ".join(["python -m tests.robustness", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ of it. A port may differ only if porter said something about it that it does not
 from __future__ import annotations
 
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,12 +79,19 @@ def _difference(got: list[Any], want: list[Any]) -> float:
     return float(worst_difference(*cleaned)["rel_l2"]) if got or want else 0.0
 
 
-def run(numbers: Iterable[int], verbose: bool) -> int:
-    """Trials of denoisers among `numbers` on the engine. Prints what differs; 1 if something differs in silence."""
+def run(numbers: range, verbose: bool, seconds: float | None = None) -> tuple[range, Counter[str], int]:
+    """Trials of denoisers among `numbers` on the engine, as many as begin within `seconds`. Prints what differs.
+
+    Gives the numbers that were tried, how often each outcome came, and how many ports differ in silence.
+    """
     outcomes: Counter[str] = Counter()
     silent = 0
+    started = time.monotonic()
     with Bench() as bench:
         for number in numbers:
+            if seconds is not None and time.monotonic() - started > seconds:
+                numbers = range(numbers.start, number)
+                break
             found, made = trial(number)
             if found.target.file.startswith("pipelines/"):
                 continue
@@ -105,4 +112,4 @@ def run(numbers: Iterable[int], verbose: bool) -> int:
             if verbose or wrong:
                 print(f"{found.line()}: {outcome} {detail}", flush=True)
     print(f"{sum(outcomes.values())} mutants of denoisers: {count(outcomes)}; {silent} differ in silence")
-    return 1 if silent else 0
+    return numbers, outcomes, silent
