@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class Fault:
     """One mistake. `files` says which files it may be in; `rung` and `cases` are where it must be caught.
 
     `once`: only in the first file that has a place for it. `joint`: matters only where a port serves several requests
-    with several outputs each in one call.
+    with several outputs each in one call. `subject`: the pipeline whose port is made wrong, the usual one if empty.
     """
 
     name: str
@@ -30,24 +30,30 @@ class Fault:
     change: Change
     once: bool = False
     joint: bool = False
+    subject: str = ""
 
 
 def seed(generated: Path, folder: str, out: Path, fault: Fault) -> int:
     """Copy `generated` to `out` with the fault in `folder`. Returns how many places were changed."""
     shutil.copytree(generated, out, ignore=shutil.ignore_patterns("__pycache__"))
     places = 0
-    for path in sorted((out / folder).glob("*.py")):
+    for path, tree, found in changed(out / folder, fault):
+        path.write_text(ast.unparse(ast.fix_missing_locations(tree)))
+        places += found
+    return places
+
+
+def changed(folder: Path, fault: Fault) -> Iterator[tuple[Path, ast.Module, int]]:
+    """Files of a folder that have places for the fault: their trees with it, and how many places they are."""
+    for path in sorted(folder.glob("*.py")):
         is_pipeline = path.name.startswith("pipeline") or path.name.startswith("cfg")
         if fault.files not in ("any", "pipeline" if is_pipeline else "transformer"):
             continue
         tree = ast.parse(path.read_text())
-        found = fault.change(tree)
-        if found:
-            path.write_text(ast.unparse(ast.fix_missing_locations(tree)))
-            places += found
+        if found := fault.change(tree):
+            yield path, tree, found
             if fault.once:
-                break
-    return places
+                return
 
 
 def name_of(node: ast.expr) -> str:
