@@ -395,6 +395,13 @@ def outputs_reversed(tree: ast.Module) -> int:
     return found
 
 
+def settings_not_compared(node: ast.AST) -> ast.AST | None:
+    """Requests share a call whatever their settings are."""
+    if isinstance(node, ast.Call) and name_of(node.func).endswith(("array_equal", "same_value")):
+        return ast.Constant(True)
+    return None
+
+
 def other_noise(node: ast.AST) -> ast.AST | None:
     """Noise that ignores the request's generator."""
     if isinstance(node, ast.Call) and name_of(node.func).endswith("randn_tensor"):
@@ -450,5 +457,7 @@ FAULTS = (
     Fault("copies in the order ABAB", "pipeline", ("two-", "everything"), "pipeline", rewrite(batch_order),
           joint=True),
     Fault("outputs of a batch in another order", "pipeline", ("two-prompts",), "pipeline", outputs_reversed),
+    Fault("requests of other settings in one call", "batch", ("other-settings",), "pipeline",
+          rewrite(settings_not_compared)),
     Fault("noise without the request's generator", "pipeline", ("plain",), "pipeline", rewrite(other_noise)),
 )  # fmt: skip

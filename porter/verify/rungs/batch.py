@@ -62,20 +62,20 @@ def _groups(base: RequestCase, spec: PipelineSpec) -> Iterator[tuple[str, list[t
     endings = ("", ", and longer", " seen from far away in the evening")
     longer = [_with_texts(base, lambda text, e=e: text + e) for e in endings]  # type: ignore[misc]
     yield "other-lengths", [(replace(c, seed=SEED + n), n) for n, c in enumerate(longer)]
-    other = _other_setting(base, spec)
-    if other:
-        changed = replace(turned[1], kwargs={**turned[1].kwargs, **other})
-        yield "other-settings", [(turned[0], 0), (changed, 1), (turned[2], 2)]
+    settings = _two_settings(base, spec)
+    if settings is not None:
+        one, other = settings
+        kwargs = [{**case.kwargs, **setting} for case, setting in zip(turned, (one, other, one), strict=True)]
+        yield "other-settings", [(replace(c, kwargs=k), n) for n, (c, k) in enumerate(zip(turned, kwargs, strict=True))]
 
 
-def _other_setting(base: RequestCase, spec: PipelineSpec) -> dict[str, Any]:
-    """A setting with another value: guidance, which changes no shape, else one more step; nothing where both are fixed."""
-    for name, values in spec.get("guidance", {}).items():
-        other = [v for v in values if v != base.kwargs.get(name)]
-        if other:
-            return {name: max(other)}
+def _two_settings(base: RequestCase, spec: PipelineSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Two values of guidance, which change no shape, else of the number of steps; None where both are fixed."""
+    guidance = {name: max(values) for name, values in spec.get("guidance", {}).items() if values}
+    if guidance:
+        return guidance, {name: value + 0.5 for name, value in guidance.items()}
     steps = base.kwargs.get(STEPS)
-    return {STEPS: steps + 1} if isinstance(steps, int) else {}
+    return ({STEPS: steps}, {STEPS: steps + 1}) if isinstance(steps, int) else None
 
 
 def _with_texts(case: RequestCase, change: Callable[[str], str]) -> RequestCase:
