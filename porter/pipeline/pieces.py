@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from porter.facts.pipeline import Guidance
 from porter.facts.pipeline.feasible import carried_unbound
-from porter.facts.pipeline.liveness import always_writes, live_before, uses, writes
+from porter.facts.pipeline.liveness import always_writes, changed, live_before, uses, writes
 from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis, step_call
@@ -58,7 +58,7 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
     step = (*moved, *cut.step)
     head = branch_reads(guide) if isinstance(guide, Guidance) else [*cut.predict, *cut.guide]
     whole = [*head, *step]
-    written = writes(whole)
+    written = writes(whole) | changed(step)
     top = _from_before(analysis, whole, after_loop) - loop_names
     carried = ordered(written & (top | (after_loop & written)), cut.step)
     after_loop &= written | bound_before(analysis)
@@ -104,12 +104,12 @@ def pieces(analysis: Analysis) -> Pieces | Unknown:
 
 def _stepped(carried: Sequence[str], step: Sequence[cst.BaseStatement], latents: str) -> list[str]:
     """Carried names that the step region sets, the latents first; the prediction hands over the others."""
-    return [latents, *(n for n in carried if n != latents and n in writes(step))]
+    return [latents, *(n for n in carried if n != latents and n in changed(step))]
 
 
 def _sample(carried: Sequence[str], returned: Sequence[str], step: Sequence[cst.BaseStatement]) -> str | None:
     """The variable that the scheduler moves: what its call reads as the sample, and sets."""
-    moved = [n for n in carried if n in writes(step)]
+    moved = [n for n in carried if n in changed(step)]
     return next((n for n in ("latents", *returned) if n in moved), None)
 
 

@@ -51,7 +51,8 @@ def batched_guidance(regions: Regions, positive: Branch, helpers: Mapping[str, c
     place = _guided(regions.guide, positive.result)
     guided = regions.guide[place] if place is not None else None
     assert isinstance(guided, cst.If) and place is not None
-    process = (*positive.process, *regions.guide[:place])
+    beside, between = _beside(regions.guide[:place], positive.result)
+    process = (*positive.process, *between)
     if any(_splits_rows(s) for s in process):
         return Unknown("the batched prediction is taken apart before guidance is asked for")
     conditions = conditions_of(guided.test, [*regions.encode, *regions.predict])
@@ -71,6 +72,9 @@ def batched_guidance(regions: Regions, positive: Branch, helpers: Mapping[str, c
     if not loop.parts and all(isinstance(v, Doubled) and v.equal for v in shared.values()):
         return Unknown("batched guidance, but nothing that is followed differs between its branches")
     before, prepare = _separate(loop.statements, two)
+    if (writes(beside) & live_before([*prepare, call, *process])) or (live_before(beside) & writes([*prepare, call])):
+        return Unknown("what is computed beside the batched prediction can't be computed ahead of it")
+    before += beside
     first = _first_is_negative(guided, positive.result, [*regions.encode, *regions.predict])
     if first is None:
         return Unknown("which half of the batched prediction is the conditional one is not known")
@@ -115,6 +119,17 @@ def _guided(statements: Sequence[cst.BaseStatement], result: str) -> int | None:
         if isinstance(each, cst.If) and result in uses(each) and (result in writes([each]) or each.orelse is not None):
             return index
     return None
+
+
+def _beside(
+    statements: Sequence[cst.BaseStatement], result: str
+) -> tuple[list[cst.BaseStatement], list[cst.BaseStatement]]:
+    """Statements that have nothing to do with the prediction (nor with one another's results), and the others."""
+    apart = [s for s in statements if result not in uses(s) | writes([s])]
+    others = [s for s in statements if result in uses(s) | writes([s])]
+    if writes(apart) & live_before(others) or writes(others) & live_before(apart):
+        return [], list(statements)
+    return apart, others
 
 
 def _same_statements(one: Sequence[cst.BaseStatement], other: Sequence[cst.BaseStatement]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import libcst as cst
 
 from porter.source.names import BUILTINS, DOT
-from porter.source.tree import body, children
+from porter.source.tree import body, children, find
 
 _SCOPES = frozenset({cst.Lambda, cst.ListComp, cst.SetComp, cst.GeneratorExp, cst.DictComp})
 _BINDERS = frozenset({cst.AnnAssign, cst.AugAssign, cst.NamedExpr, cst.For})
@@ -84,6 +84,16 @@ def writes(statements: Iterable[cst.BaseStatement]) -> frozenset[str]:
     found: set[str] = set()
     for statement in statements:
         _writes(statement, found)
+    return frozenset(found)
+
+
+def changed(statements: Iterable[cst.BaseStatement]) -> frozenset[str]:
+    """Local names that any of the statements binds, or an element of which it sets (`x[a] = y`)."""
+    found = set(writes(statements := list(statements)))
+    for assign in [a for s in statements for a in find(s, cst.Assign)]:
+        for target in [t.target for t in assign.targets]:
+            if isinstance(target, cst.Subscript) and isinstance(target.value, cst.Name):
+                found.add(target.value.value)
     return frozenset(found)
 
 

@@ -146,6 +146,20 @@ def test_what_the_combination_computes_for_the_step_keeps_the_branches_together(
     assert isinstance(found(text.replace("step(p, t, latents)", "step(p, t, latents, w)")), Unknown)
 
 
+def test_what_stands_between_the_call_and_guidance_and_reads_no_prediction_is_computed_ahead() -> None:
+    between = "    p = p.float()\n    if dynamic:\n        scale = f(t)\n    if guided:\n        a,"
+    guide = known(BATCHED.replace("    if guided:\n        a,", between))
+    assert texts(guide.process) == ["p = p.float()"]
+    assert texts(guide.before)[-1].startswith("if dynamic:")
+
+
+@pytest.mark.parametrize("between", ["scale = f(p)", "text = f(t)"])
+def test_what_can_t_be_computed_ahead_of_the_call_keeps_the_branches_together(between: str) -> None:
+    assert isinstance(
+        found(BATCHED.replace("    if guided:\n        a,", f"    {between}\n    if guided:\n        a,")), Unknown
+    )
+
+
 def test_branches_that_differ_in_nothing_known_are_not_split() -> None:
     text = BATCHED.replace("text = torch·cat([negative_text, text], dim=0)", "other = 1")
     assert isinstance(found(text), Unknown)

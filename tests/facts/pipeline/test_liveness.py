@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import libcst as cst
 
-from porter.facts.pipeline.liveness import always_writes, live_before, uses, writes
+from porter.facts.pipeline.liveness import always_writes, changed, live_before, uses, writes
 
 
 def body(text: str) -> list[cst.BaseStatement]:
@@ -47,3 +47,9 @@ def test_a_handler_may_run_before_anything_was_bound() -> None:
 
 def test_a_handler_that_raises_leaves_nothing_unbound() -> None:
     assert "x" not in live_before(body("try:\n    x = f()\nexcept Bad:\n    raise\n"), {"x"})
+
+
+def test_setting_an_element_changes_a_name_without_binding_it() -> None:
+    text = body("x[:, 1:] = f(x)\ny = 1\nz.a = 2\n")
+    assert changed(text) == {"x", "y"}
+    assert writes(text) == {"y"}
