@@ -81,13 +81,14 @@ def _side_by_side(
 ) -> list[Folders]:
     """Each share in a process of its own. If one fails, or the user interrupts, the others end at once."""
     import multiprocessing
-    import signal
     from concurrent.futures import ProcessPoolExecutor
 
-    # An interrupt at the terminal reaches all processes; what to do about it is for this one to decide.
-    with ProcessPoolExecutor(len(shares), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        jobs = [pool.submit(_share, share, source, rules_dir, evidence) for share in shares]
+    from porter.interrupts import leave_interrupts_to_the_parent, uninterrupted
+
+    with ProcessPoolExecutor(len(shares), initializer=leave_interrupts_to_the_parent) as pool:
         try:
+            with uninterrupted():
+                jobs = [pool.submit(_share, share, source, rules_dir, evidence) for share in shares]
             return [job.result() for job in jobs]
         except BaseException:
             for child in multiprocessing.active_children():

@@ -12,18 +12,16 @@ import os
 import random
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from porter.interrupts import end_session, uninterrupted
 from porter.verify.environment import check_environment
 from porter.verify.outcome import VerifyError
 from porter.verify.platform import bootstrap
@@ -142,30 +140,6 @@ class Worker:
             pass
         finally:
             end_session(process)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Interrupts wait until the end of the block: one in the middle of starting a process would leave it to itself."""
-    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
-
-
-def end_session(process: subprocess.Popen[str]) -> None:
-    """Kill a process that was started in a session of its own, with all that it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 class Bench:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from porter.verify.bench import Bench, Clock, JobError, end_session, uninterrupted
+from porter.interrupts import end_session, uninterrupted
+from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.manifest import Port
 from porter.verify.outcome import CaseResult, RungResult, rung_of, skipped
 from porter.verify.pipeline_spec import SEED, PipelineSpec
