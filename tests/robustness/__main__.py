@@ -31,21 +31,24 @@ def main() -> int:
 
         done, outcomes, silent = run(numbers, options.verbose, options.seconds)
         if options.record:
-            record("engine", _command(), done, outcomes, time.monotonic() - started)
+            record("engine", _command(), done, outcomes, silent, time.monotonic() - started)
         return 1 if silent else 0
     verdicts: Counter[str] = Counter()
+    bad: list[str] = []
     for number in numbers:
         if options.seconds is not None and time.monotonic() - started > options.seconds:
             numbers = range(numbers.start, number)
             break
         found, _ = trial(number)
         verdicts[found.verdict] += 1
+        if found.verdict in ("crashed", "bad output"):
+            bad.append(found.line())
         if options.verbose or found.verdict in ("crashed", "bad output"):
             print(found.line(), flush=True)
     print(f"{len(numbers)} mutants: {count(verdicts)}")
     if options.record:
-        record("convert", _command(), numbers, verdicts, time.monotonic() - started)
-    return 1 if verdicts["crashed"] or verdicts["bad output"] else 0
+        record("convert", _command(), numbers, verdicts, bad, time.monotonic() - started)
+    return 1 if bad else 0
 
 
 def _command() -> str:

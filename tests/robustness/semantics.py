@@ -79,13 +79,13 @@ def _difference(got: list[Any], want: list[Any]) -> float:
     return float(worst_difference(*cleaned)["rel_l2"]) if got or want else 0.0
 
 
-def run(numbers: range, verbose: bool, seconds: float | None = None) -> tuple[range, Counter[str], int]:
+def run(numbers: range, verbose: bool, seconds: float | None = None) -> tuple[range, Counter[str], list[str]]:
     """Trials of denoisers among `numbers` on the engine, as many as begin within `seconds`. Prints what differs.
 
-    Gives the numbers that were tried, how often each outcome came, and how many ports differ in silence.
+    Gives the numbers that were tried, how often each outcome came, and a line for each port that differs in silence.
     """
     outcomes: Counter[str] = Counter()
-    silent = 0
+    silent: list[str] = []
     started = time.monotonic()
     with Bench() as bench:
         for number in numbers:
@@ -108,8 +108,9 @@ def run(numbers: range, verbose: bool, seconds: float | None = None) -> tuple[ra
             bench.tidy(restart_after=RESTART_AFTER, memory=MEMORY)
             outcomes[f"{outcome} ({found.verdict})"] += 1
             wrong = outcome == "differs" and found.verdict == "converted"
-            silent += wrong
+            line = f"{found.line()}: {outcome} {detail}"
+            silent += [line] if wrong else []
             if verbose or wrong:
-                print(f"{found.line()}: {outcome} {detail}", flush=True)
-    print(f"{sum(outcomes.values())} mutants of denoisers: {count(outcomes)}; {silent} differ in silence")
+                print(line, flush=True)
+    print(f"{sum(outcomes.values())} mutants of denoisers: {count(outcomes)}; {len(silent)} differ in silence")
     return numbers, outcomes, silent

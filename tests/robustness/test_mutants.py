@@ -5,6 +5,7 @@ Here a part of them, which changes with the commit.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from porter.source.library import open_library
 from tests.robustness.mutate import KINDS, Source, mutant_of, parses
+from tests.robustness.record import RESULTS
 from tests.robustness.trial import attempt, targets, trial
 from tests.verify.rotation import turn
 
@@ -93,3 +95,9 @@ def test_a_port_of_a_changed_source_does_not_differ_in_silence(number: int, benc
     with tempfile.TemporaryDirectory() as folder:
         outcome, detail = compare(bench, found, made, Path(folder))
     assert outcome != "differs" or found.verdict == "diagnosed", f"{found.line()}: {detail}"
+
+
+def test_what_the_recorded_runs_found_is_tried_at_each_commit() -> None:
+    runs = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert {int(line.split()[0]) for line in runs["convert"]["found"]} <= set(ONCE_CRASHED)
+    assert runs["convert"]["mutants"] == MUTANTS and not runs["engine"]["found"]
