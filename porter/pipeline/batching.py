@@ -112,8 +112,10 @@ def _join(analysis: Analysis, cut: Pieces, brought: tuple[str, ...], axis: Promp
     unsure = [n for n in inputs if Share.UNSURE in shares[n] and Share.ROWS not in shares[n]]
     if unsure:
         return Unknown(f"{unsure[0]} is computed from the number of prompts in a way that is not followed")
-    if not cut.returned or not any(Share.ROWS in share for share in shares.values()):
-        return Unknown("nothing that the loop reads or returns has an entry for each prompt")
+    if not cut.returned:
+        return Unknown("the loop leaves its result in lists that it fills, whose entries are not those of the prompts")
+    if not any(Share.ROWS in share for share in shares.values()):
+        return Unknown("nothing that the loop reads has an entry for each prompt")
     kinds = {n: _kind(share) for n, share in shares.items()}
     return Join(
         brought, tuple(n for n in inputs if kinds[n] is Share.ROWS),
