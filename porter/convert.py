@@ -25,6 +25,7 @@ from porter.model import Diagnostic, PorterError
 from porter.pins import DIFFUSERS
 from porter.pipeline import Denoiser, PipelinePort, port_pipeline
 from porter.pipeline.registration import PortRow, folder_init, package_files
+from porter.pipeline.tables import load_tables
 from porter.shares import share_out
 from porter.source.library import Library, open_library
 from porter.targets import Target, all_targets, find_target
@@ -107,13 +108,14 @@ def _folders(
     targets: Mapping[int, Target], library: Library, rules_dir: Path | None, evidence: Path | None, *, alone: bool
 ) -> Folders:
     with _no_search_for_cycles():
+        load_tables()  # what is wrong with them ends the run here, and not one pipeline after the other
         run = _Conversion(library, load_rules(rules_dir or resources.RULES), load_policy(resources.RULES))
         found: dict[int, tuple[Diagnostic, ...]] = {}
         for position, target in targets.items():
             before = len(run.diagnostics)
             run.add(target, alone=alone)
             found[position] = tuple(run.diagnostics[before:])
-        return run.finish(evidence, found)
+        return run.finish(evidence, found, rules_digest(rules_dir))
 
 
 def _joined(parts: Sequence[Folders], version: str) -> Conversion:
@@ -227,9 +229,8 @@ class _Conversion:
             self.diagnostics += port.diagnostics
         return self.transformers[qualified]
 
-    def finish(self, evidence: Path | None, found: Mapping[int, tuple[Diagnostic, ...]]) -> Folders:
-        """Print, format and check all files; write the records of their folders."""
-        digest = rules_digest()
+    def finish(self, evidence: Path | None, found: Mapping[int, tuple[Diagnostic, ...]], digest: str) -> Folders:
+        """Print, format and check all files, which name the `digest` of the rules; write the records of their folders."""
         marked: dict[str, str] = {}
         for port in self.transformers.values():
             marked[f"{port.folder}/{port.module}.py"] = print_definitions(
@@ -274,10 +275,11 @@ class _Conversion:
         return folder_init(folder, transformers, rows)
 
 
-def rules_digest() -> str:
-    """Twelve digits that change when a rule, a symbol table or a template changes."""
+def rules_digest(rules: Path | None = None) -> str:
+    """Twelve digits that change when a rule, a symbol table or a template changes; `rules` is a folder of other rules."""
     total = hashlib.sha256()
-    for root in (resources.RULES, resources.TEMPLATES):
+    roots = (resources.RULES, resources.TEMPLATES)
+    for root in roots if rules is None else (*roots, rules):
         for path in sorted(root.rglob("*")):
             if path.is_file() and path.suffix in (".yaml", ".jinja"):
                 total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

@@ -7,17 +7,18 @@ import os
 import re
 import shutil
 import signal
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from porter import exits
 from porter.cli import main
+from porter.emit import write
+from porter.pipeline.tables import load_tables
 from porter.resources import RULES, TEMPLATES
 from porter.verify.environment import check_environment
-from tests.processes import stopped
+from tests.circumstances import checkpoint, nobody, stopped
 from tests.robustness.trial import overlay
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,6 +175,32 @@ def test_a_rule_file_with_a_mistake(
     assert says in said and "zz-bad.yaml:" in said
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "code"),
+    [
+        ("symbols/diffusers.yaml", "copy: [\n", "PORT210"),
+        ("symbols/diffusers.yaml", "copy: []\n", "PORT223"),
+        ("symbols/request_parameters.yaml", "", "PORT223"),
+        ("symbols/mixins.yaml", "a: [\n", "PORT210"),
+        ("models/PixArtTransformer2DModel.yaml", "a: b: c\n", "PORT210"),
+    ],
+)
+def test_a_table_or_a_hint_with_a_mistake(
+    refused: Refused, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, code: str
+) -> None:
+    rules = tmp_path / "rules"
+    shutil.copytree(RULES, rules)
+    (rules / file).write_text(text)
+    for module in ("porter.resources", "porter.engine.load"):
+        monkeypatch.setattr(f"{module}.RULES", rules)
+    load_tables.cache_clear()
+    monkeypatch.setattr("porter.pipeline.tables.load_tables.__wrapped__.__defaults__", (rules / "symbols",))
+    try:
+        assert file in refused("convert", "PixArtSigmaPipeline", "--out", out, code=code)
+    finally:
+        load_tables.cache_clear()
+
+
 def test_two_rules_that_want_the_same_place(refused: Refused, out: Path, tmp_path: Path) -> None:
     """Also among several classes: if nothing is left to write, nothing is written."""
     rules = tmp_path / "rules"
@@ -215,9 +242,15 @@ def test_an_output_folder_that_is_a_file_or_lies_below_one(refused: Refused, out
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_an_output_folder_that_is_read_only(refused: Refused, out: Path) -> None:
-    with nobody(out):
-        refused("convert", DENOISER, "--out", out, code="PORT009")
+def test_an_output_folder_that_is_read_only(refused: Refused, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = write.write_atomically
+
+    def as_nobody(files: Mapping[str, str], folder: Path) -> list[str]:
+        with nobody(folder):
+            return real(files, folder)
+
+    monkeypatch.setattr(write, "write_atomically", as_nobody)
+    assert "ermission denied" in refused("convert", DENOISER, "--out", out, code="PORT009")
 
 
 @pytest.mark.parametrize("there", ["out", "file/report.json"])
@@ -227,29 +260,6 @@ def test_a_report_that_cannot_be_written_is_known_before_the_work(
     (tmp_path / "file").write_text("")
     said = refused("verify", DENOISER, "--out", GENERATED, "--json", tmp_path / there, code="PORT009")
     assert "nothing was run" in said
-
-
-class nobody:
-    """Folder without write permission; root, who may write everywhere, is another user meanwhile."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        for each in (self.folder, self.folder / "cog_view4"):
-            each.chmod(0o555)
-        self.root = os.geteuid() == 0
-        if self.root:
-            for parent in self.folder.parents:  # pytest's folders are for their owner only
-                if parent.owner() == "root" and not parent.stat().st_mode & 0o001 and "pytest" in str(parent):
-                    parent.chmod(0o755)
-            os.seteuid(65534)
-
-    def __exit__(self, *_: object) -> None:
-        if self.root:
-            os.seteuid(0)
-        for each in (self.folder, self.folder / "cog_view4"):
-            each.chmod(0o755)
 
 
 # ---- the manifest and the evidence
@@ -308,21 +318,6 @@ def test_no_engine_or_another_version(
 )
 def test_options_of_verify_that_mean_nothing(refused: Refused, arguments: tuple[str, ...], says: str) -> None:
     assert says in refused("verify", *arguments, "--out", GENERATED, code="PORT013")
-
-
-def checkpoint(folder: Path) -> Path:
-    """A transformer in two shards and a VAE in one, of one number each."""
-    (folder / "transformer").mkdir(parents=True)
-    (folder / "vae").mkdir()
-    index = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
-    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    for path in ("transformer/model-1", "transformer/model-2", "vae/model"):
-        header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
-        (folder / f"{path}.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-        (folder / path).parent.joinpath("config.json").write_text("{}")
-    return folder
 
 
 def cut(path: Path) -> None:

@@ -191,6 +191,11 @@ def test_the_rules_digest_changes_with_a_rule_and_not_with_other_files(tmp_path,
     assert rules_digest() != before
 
 
+def test_a_port_made_with_other_rules_does_not_name_the_projects(tmp_path):
+    (tmp_path / "a.yaml").write_text("rule: a\n")
+    assert rules_digest(tmp_path) != rules_digest()
+
+
 def test_a_pipeline_whose_loop_calls_a_unet_is_ported_no_further_than_its_transformer(tmp_path):
     done = convert(["StableUnCLIPPipeline"])
     assert "PORT005" in {d.code for d in done.diagnostics}

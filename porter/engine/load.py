@@ -88,7 +88,9 @@ def load_rules(paths: Path | Iterable[Path] = RULES, *, examples: bool = False) 
         errors += lint(rule, names, examples=examples)
     errors += _order(rules)
     if errors:
-        raise PorterError(*sorted(errors, key=lambda d: (d.span.file, d.span.line) if d.span else ("", 0)))
+        raise PorterError(
+            *sorted(dict.fromkeys(errors), key=lambda d: (d.span.file, d.span.line) if d.span else ("", 0))
+        )
     return RuleSet(tuple(sorted(rules, key=lambda r: r.id)))
 
 

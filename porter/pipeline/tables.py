@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
 from msgspec import Struct
 
-from porter.resources import RULES
+from porter.resources import RULES, table
 
 
 class Tables(Struct, frozen=True, dict=True):
@@ -28,10 +27,8 @@ class Tables(Struct, frozen=True, dict=True):
 def load_tables(root: Path = RULES / "symbols") -> Tables:
     """Read the tables once."""
 
-    def read(name: str) -> dict:
-        return yaml.safe_load((root / name).read_text(encoding="utf-8"))
-
-    request, vae = read("request_parameters.yaml"), read("distributed_vae.yaml")
+    keys = ("refused", "sampling", "given_by", "outputs", "media_words", "media_keys")
+    request, vae = table(root / "request_parameters.yaml", *keys), table(root / "distributed_vae.yaml", "classes")
     refused = {name: reason for reason, names in request["refused"].items() for name in names}
     return Tables(
         sampling=request["sampling"],

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
 from msgspec import Struct
 from msgspec.structs import replace
+
+from porter.resources import table
 
 
 class Policy(Struct, frozen=True):
@@ -25,7 +26,7 @@ class Policy(Struct, frozen=True):
         path = self.rules / "models" / f"{name}.yaml"
         if not path.is_file():
             return self
-        hint = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+        hint = table(path)
         return replace(self, refused=self.refused - set(hint.get("keep_parameters", ())),
                        outcomes={**self.outcomes, **hint.get("outcomes", {})})  # fmt: skip
 
@@ -42,7 +43,7 @@ class Policy(Struct, frozen=True):
 @lru_cache(maxsize=8)
 def load_policy(rules: Path) -> Policy:
     """Read the table below a rule directory."""
-    data = yaml.load((rules / "symbols" / "diffusers.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    data = table(rules / "symbols" / "diffusers.yaml", "copy", "import", "refuse", "outcomes", "constants")
     return Policy(
         tuple(data["copy"]),
         tuple(data["import"]),

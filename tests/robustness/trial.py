@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Literal
 
 from porter.catalogue import live_pipelines
-from porter.convert import Conversion, _Conversion, _joined
+from porter.convert import Conversion, _Conversion, _joined, rules_digest
 from porter.engine import load_rules
 from porter.model import Diagnostic, PorterError
 from porter.resources import CORPUS, RULES
@@ -134,7 +134,7 @@ def converted(target: Target, source: Path) -> Conversion:
 
 def printed(run: _Conversion) -> Conversion:
     """The end of a conversion of one target."""
-    return _joined([run.finish(None, {0: tuple(run.diagnostics)})], run.library.version)
+    return _joined([run.finish(None, {0: tuple(run.diagnostics)}, rules_digest())], run.library.version)
 
 
 def _findings(found: tuple[Diagnostic, ...]) -> Counter[str]:
