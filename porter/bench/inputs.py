@@ -53,7 +53,6 @@ def other_text(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The sample: the first thing that a denoiser returns."""
-    output = getattr(output, "sample", output)
-    while isinstance(output, (tuple, list)):
-        output = output[0]
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     return output
