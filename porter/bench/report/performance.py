@@ -35,6 +35,8 @@ def _cells(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> list[s
     if not found:
         return []
     port = best(found, "port-compiled", "port-eager")
+    if port is None:
+        return []  # the time was up before the port's turn
     hand = best(found, "hand-compiled", "hand-eager")
     diffusers = best(found, "diffusers-tuned", "diffusers-eager")
     floor = floor_ms(data, row, case)
