@@ -45,6 +45,8 @@ class Join:
 
 def batching(analysis: Analysis, cut: Pieces) -> Merge | Join | Unknown:
     """How requests share a call of the port, or why they can't."""
+    if _draws_for_all(analysis):
+        return Unknown("the loop draws the noise of all prompts from the first one's generator")
     brought = _brought(analysis)
     axis = prompt_axis(cut.encode, brought, {h.name: h.node for h in analysis.helpers})
     if _shares_encoding(analysis, axis, padded=True):
@@ -159,15 +161,30 @@ def _iterated(analysis: Analysis) -> set[str]:
 
 def _state_of_a_request(analysis: Analysis, axis: PromptAxis) -> str | None:
     """An attribute that encoding sets from what a request brings, and that later code reads."""
-    after = [*analysis.cut.denoise, *analysis.tail.statements]
-    read = {n for each in after for n in self_reads(each)}
+    read = _read_from(analysis, [*analysis.cut.denoise, *analysis.tail.statements])
+    return next((n for n in sorted(analysis.kept_state & read) if axis.of(f"self.{n}")), None)
+
+
+def _read_from(analysis: Analysis, statements: Iterable[cst.CSTNode]) -> set[str]:
+    """Attributes and methods of the pipeline that statements read, by themselves or in methods that they call."""
+    read = {n for each in statements for n in self_reads(each)}
     methods = {h.name: h.node for h in analysis.helpers}
     pending = sorted(read & methods.keys())
     while pending:
         more = self_reads(methods[pending.pop()]) - read
         read |= more
         pending += sorted(more & methods.keys())
-    return next((n for n in sorted(analysis.kept_state & read) if axis.of(f"self.{n}")), None)
+    return read
+
+
+def _draws_for_all(analysis: Analysis) -> bool:
+    """Whether the loop, or a method that it calls, takes the first of several generators for all prompts."""
+    read = _read_from(analysis, analysis.cut.denoise)
+    reached = [*analysis.cut.denoise, *(h.node for h in analysis.helpers if h.name in read)]
+    firsts = (s for each in reached for s in find(each, cst.Subscript))
+    return any(
+        isinstance(s.value, cst.Name) and s.value.value == "generator" and code(s).endswith("[0]") for s in firsts
+    )
 
 
 def _masked(analysis: Analysis) -> bool:

@@ -159,6 +159,20 @@ def test_a_request_whose_state_stays_on_the_pipeline_runs_alone(studio: Studio) 
     assert "supports_request_batch: ClassVar[bool] = False" in printed(port)
 
 
+@pytest.mark.parametrize(("taken", "status"), [("generator[0]", "unsupported"), ("generator", "generated")])
+def test_a_loop_that_takes_the_first_generator_for_all_prompts_serves_one_request(
+    studio: Studio, taken: str, status: str
+) -> None:
+    source = PIPELINE.replace(
+        "    def encode_prompt",
+        f"    def drawn(self, t, generator):\n        return t * torch.rand((), generator={taken})\n\n    def encode_prompt",
+        1,
+    ).replace("t.expand(latents.shape[0])", "self.drawn(t, generator).expand(latents.shape[0])")
+    found = studio.port(source).features["request_batch"]
+    assert found.status == status
+    assert status == "generated" or "the first one's generator" in found.reason
+
+
 def test_a_step_that_is_more_than_the_engines_gets_a_method_of_its_own(studio: Studio) -> None:
     source = PIPELINE.replace(
         "                if callback_on_step_end is not None:", "                latents = latents * self.scheduler.sigma\n"
