@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.BriaFiboTransformer2DModel (models/transformers/transformer_bria_fibo.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.BriaFiboTransformer2DModel (models/transformers/transformer_bria_fibo.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import (
-    TimestepEmbedding,
-    apply_rotary_emb,
-    get_1d_rotary_pos_embed,
-    get_timestep_embedding,
-)
+from diffusers.models.embeddings import TimestepEmbedding, get_1d_rotary_pos_embed, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous, RMSNorm
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
@@ -33,8 +28,10 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
 from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
+from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.layers.fused_qk_norm_rope import fused_qk_norm_rope, fused_qk_norm_rope_min_tokens
 from vllm_omni.platforms import current_omni_platform
 
 
@@ -60,10 +57,45 @@ class MaskedFlashAttention(FlashAttentionImpl):
         if mask is None:
             return super().forward(query, key, value, attn_metadata)
         if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+            mask = mask[:, 0, 0]
         if mask.dtype == torch.bool and mask.ndim == 2:
+            mask = mask.expand(key.shape[0], -1)
             return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
         return self.dense.forward(query, key, value, attn_metadata)
+
+    def forward_cuda(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        """The valid keys of all samples come first, padding behind them. To take padding out, the host would have to wait
+        for the number of keys in every layer."""
+        from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
+
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None or flash_attn_varlen_func is None:
+            return super().forward_cuda(query, key, value, attn_metadata)
+        self._warn_fa_deterministic_non_dense("masked-varlen")
+        batch_size, query_length = query.shape[:2]
+        index = torch.arange(mask.numel(), device=mask.device)
+        count = mask.flatten().cumsum(0)  # of the valid keys up to each
+        place = torch.where(mask.flatten(), count - 1, count[-1] + index - count)
+        order = torch.empty_like(index).scatter(0, place, index)
+        starts = torch.arange(batch_size + 1, dtype=torch.int32, device=mask.device)
+        out = flash_attn_varlen_func(
+            query.flatten(0, 1),
+            key.flatten(0, 1)[order],
+            value.flatten(0, 1)[order],
+            cu_seqlens_q=starts * query_length,
+            cu_seqlens_k=F.pad(count.view(batch_size, -1)[:, -1].int(), (1, 0)),
+            max_seqlen_q=query_length,
+            max_seqlen_k=key.shape[1],
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+        )
+        return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
 class PackedRowParallelLinear(RowParallelLinear):
@@ -89,6 +121,27 @@ class PackedRowParallelLinear(RowParallelLinear):
 
     def weight_loader_v2(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         super().weight_loader_v2(param, self._by_rank(loaded_weight))
+
+
+def norm_and_rotate(
+    query: torch.Tensor, key: torch.Tensor, norm_q: nn.Module, norm_k: nn.Module, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square norm of every head of [B, S, heads, head_dim], then the rotary embedding of adjacent pairs by
+    cosines and sines of [S, head_dim / 2] or [B, S, head_dim / 2]; for many tokens in one kernel."""
+    batch, tokens = query.shape[:2]
+    if batch * tokens >= fused_qk_norm_rope_min_tokens(2048):
+        table = torch.cat((cos, sin), dim=-1).float().expand(batch, -1, -1).flatten(0, 1)
+        query, key = fused_qk_norm_rope(
+            query.flatten(0, 1), key.flatten(0, 1), norm_q.weight, norm_k.weight, table, norm_q.eps, interleaved=True
+        )
+        return query.unflatten(0, (batch, tokens)), key.unflatten(0, (batch, tokens))
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return torch.stack((real * c - imag * s, real * s + imag * c), dim=-1).flatten(3).type_as(x)
+
+    return rotate(norm_q(query)), rotate(norm_k(key))
 
 
 class BriaFiboEmbedND(nn.Module):
@@ -276,22 +329,29 @@ class BriaFiboJointAttention(nn.Module):
         key = key.unflatten(-1, (self.heads, -1))
         value = value.unflatten(-1, (self.heads, -1))
 
-        query = self.norm_q(query)
-        key = self.norm_k(key)
-
         encoder_query = encoder_query.unflatten(-1, (self.heads, -1))
         encoder_key = encoder_key.unflatten(-1, (self.heads, -1))
         encoder_value = encoder_value.unflatten(-1, (self.heads, -1))
-
-        encoder_query = self.norm_added_q(encoder_query)
-        encoder_key = self.norm_added_k(encoder_key)
+        encoder_query, encoder_key = norm_and_rotate(
+            encoder_query,
+            encoder_key,
+            self.norm_added_q,
+            self.norm_added_k,
+            image_rotary_emb[0][: encoder_query.shape[1], ::2],
+            image_rotary_emb[1][: encoder_query.shape[1], ::2],
+        )
+        query, key = norm_and_rotate(
+            query,
+            key,
+            self.norm_q,
+            self.norm_k,
+            image_rotary_emb[0][encoder_query.shape[1] :, ::2],
+            image_rotary_emb[1][encoder_query.shape[1] :, ::2],
+        )
 
         query = torch.cat([encoder_query, query], dim=1)
         key = torch.cat([encoder_key, key], dim=1)
         value = torch.cat([encoder_value, value], dim=1)
-
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
 
         hidden_states = self.attn(
             query,
@@ -547,11 +607,9 @@ class BriaFiboSelfAttention(nn.Module):
         key = key.unflatten(-1, (self.heads, -1))
         value = value.unflatten(-1, (self.heads, -1))
 
-        query = self.norm_q(query)
-        key = self.norm_k(key)
-
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        query, key = norm_and_rotate(
+            query, key, self.norm_q, self.norm_k, image_rotary_emb[0][:, ::2], image_rotary_emb[1][:, ::2]
+        )
 
         hidden_states = self.attn(
             query,

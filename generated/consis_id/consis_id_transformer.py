@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ConsisIDTransformer3DModel (models/transformers/consisid_transformer_3d.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.ConsisIDTransformer3DModel (models/transformers/consisid_transformer_3d.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Cosmos2_5_TransferPipeline (pipelines/cosmos/pipeline_cosmos2_5_transfer.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.Cosmos2_5_TransferPipeline (pipelines/cosmos/pipeline_cosmos2_5_transfer.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -938,9 +938,8 @@ class Cosmos2_5_TransferPipeline(
             video = video[:, :, :latent_T, ...]
         return video
 
-    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
-        """One call of the pipeline."""
-        inputs, decode_inputs = self.prepare_generation(**arguments)
+    def generate(self, inputs: dict[str, Any], decode_inputs: dict[str, Any]) -> DiffusionOutput:
+        """Denoise what was prepared, and decode it."""
         self.diffuse(**inputs)
         return self.finish(**decode_inputs)
 
@@ -966,7 +965,7 @@ class Cosmos2_5_TransferPipeline(
             self.request_arguments(p, s, req.is_dummy_run())
             for p, s in zip(req.prompts, req.sampling_params_list, strict=True)
         ]
-        return [self.generate(arguments) for arguments in requests]
+        return [self.generate(*self.prepare_generation(**arguments)) for arguments in requests]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights)

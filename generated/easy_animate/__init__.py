@@ -4,8 +4,10 @@
 
 from .easy_animate_transformer import EasyAnimateTransformer3DModel
 from .pipeline_easy_animate import EasyAnimatePipeline
+from .pipeline_easy_animate_inpaint import EasyAnimateInpaintPipeline
 
 __all__ = [
+    "EasyAnimateInpaintPipeline",
     "EasyAnimatePipeline",
     "EasyAnimateTransformer3DModel",
 ]

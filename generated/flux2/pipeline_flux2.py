@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Flux2Pipeline (pipelines/flux2/pipeline_flux2.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.Flux2Pipeline (pipelines/flux2/pipeline_flux2.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -270,6 +270,52 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
     )
 
 
+class SeparateRequests(ValueError):
+    """Requests that one denoising loop can't serve."""
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Whether two values, perhaps with tensors in them, are equal."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        return left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same_value(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same_value, left, right))
+    return np.array_equal(left, right)
+
+
+def agreed(values: Sequence[Any]) -> Any:
+    """The value that all requests have."""
+    if any(not same_value(value, values[0]) for value in values):
+        raise SeparateRequests
+    return values[0]
+
+
+def join_rows(values: Sequence[Any]) -> Any:
+    """What each request brings, one row behind the other."""
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise SeparateRequests
+    if isinstance(first, torch.Generator):
+        return list(values)
+    if isinstance(first, dict) and all(value.keys() == first.keys() for value in values):
+        return {key: join_rows([value[key] for value in values]) for key in first}
+    if isinstance(first, torch.Tensor) and first.ndim:
+        if any(value.shape != first.shape for value in values):
+            raise SeparateRequests
+        if len(first) == 1:
+            return torch.cat(list(values))
+    if isinstance(first, (list, tuple)) and all(len(value) == len(first) for value in values):
+        held = any(isinstance(entry, torch.Tensor) and entry.shape[:1] == (1,) for entry in first)
+        if isinstance(first, list) and len(first) == 1 and not held:  # an entry for each prompt
+            return [value[0] for value in values]
+        return type(first)(join_rows(entries) for entries in zip(*values))
+    return agreed(values)
+
+
 def get_flux2_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `Flux2Pipeline`; it runs in the engine process, where no model is loaded."""
     processor = Flux2ImageProcessor()
@@ -295,7 +341,7 @@ class Flux2Pipeline(
 ):
     """The Flux2 pipeline for text-to-image generation."""
 
-    supports_request_batch: ClassVar[bool] = False
+    supports_request_batch: ClassVar[bool] = True
     supports_step_execution: ClassVar[bool] = True
     default_num_inference_steps: ClassVar[int] = 50
     _dit_modules: ClassVar[list[str]] = ["transformer"]
@@ -308,6 +354,30 @@ class Flux2Pipeline(
         "callback_on_step_end": "the engine reports progress itself and calls nothing back",
         "callback_on_step_end_tensor_inputs": "the engine reports progress itself and calls nothing back",
     }
+    _text_arguments: ClassVar[tuple[str, ...]] = ("prompt",)
+    _tensor_arguments: ClassVar[tuple[str, ...]] = (
+        "latents",
+        "prompt_embeds",
+    )
+    _request_arguments: ClassVar[tuple[str, ...]] = (
+        "image",
+        "prompt",
+        "generator",
+        "latents",
+        "prompt_embeds",
+    )
+    # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
+    # requests of one loop agree.
+    _rows: ClassVar[tuple[str, ...]] = (
+        "latents",
+        "latent_ids",
+        "image_latents",
+        "image_latent_ids",
+        "guidance",
+        "prompt_embeds",
+        "text_ids",
+    )
+    _agreed: ClassVar[tuple[str, ...]] = ("timesteps",)
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
         super().__init__()
@@ -1028,9 +1098,8 @@ class Flux2Pipeline(
             image = self.vae.decode(latents, return_dict=False)[0]
         return image
 
-    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
-        """One call of the pipeline."""
-        inputs, decode_inputs = self.prepare_generation(**arguments)
+    def generate(self, inputs: dict[str, Any], decode_inputs: dict[str, Any]) -> DiffusionOutput:
+        """Denoise what was prepared, and decode it."""
         return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
 
     def finish(self, **inputs: Any) -> DiffusionOutput:
@@ -1042,7 +1111,55 @@ class Flux2Pipeline(
 
     def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
         requests = [self.request_arguments(p, s) for p, s in zip(req.prompts, req.sampling_params_list, strict=True)]
-        return [self.generate(arguments) for arguments in requests]
+        if len(requests) > 1 and self.share_settings(requests):
+            return self.generate_together(requests)
+        return [self.generate(*self.prepare_generation(**arguments)) for arguments in requests]
+
+    def share_settings(self, requests: list[dict[str, Any]]) -> bool:
+        """Whether requests differ in nothing but what each of them brings, which is one row."""
+        first = requests[0]
+        for arguments in requests:
+            if arguments["num_images_per_prompt"] != 1 or arguments.keys() != first.keys():
+                return False
+            for name, value in arguments.items():
+                if name in self._text_arguments and isinstance(value, list):
+                    return False
+                if name in self._tensor_arguments and isinstance(value, torch.Tensor) and len(value) != 1:
+                    return False
+                if name not in self._request_arguments and not same_value(value, first[name]):
+                    return False
+        return True
+
+    def generate_together(self, requests: list[dict[str, Any]]) -> list[DiffusionOutput]:
+        """Encode and decode each request alone, and denoise all at once where their inputs have equal shapes."""
+        prepared = []
+        for arguments in requests:
+            prepared.append((*self.prepare_generation(**arguments), copy.deepcopy(self.scheduler)))
+        joined = self.join_inputs([inputs for inputs, _, _ in prepared])
+        outputs = []
+        if joined is None:
+            for inputs, decode_inputs, scheduler in prepared:
+                self.scheduler = scheduler
+                outputs.append(self.generate(inputs, decode_inputs))
+            return outputs
+        latents = self.diffuse(**joined)
+        for index, (_, decode_inputs, _) in enumerate(prepared):
+            outputs.append(self.finish(latents=latents[index : index + 1], **decode_inputs))
+        return outputs
+
+    def join_inputs(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """Inputs of one loop for all requests; None where they have to stay apart."""
+        joined = dict(requests[0])
+        try:
+            for name in joined:
+                values = [inputs[name] for inputs in requests]
+                if name in self._rows:
+                    joined[name] = join_rows(values)
+                elif name in self._agreed:
+                    joined[name] = agreed(values)
+        except SeparateRequests:
+            return None
+        return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
         """Step execution: encode one request and give it a scheduler of its own."""

@@ -4,8 +4,10 @@
 
 from .helios_transformer import HeliosTransformer3DModel
 from .pipeline_helios import HeliosPipeline
+from .pipeline_helios_pyramid import HeliosPyramidPipeline
 
 __all__ = [
     "HeliosPipeline",
+    "HeliosPyramidPipeline",
     "HeliosTransformer3DModel",
 ]

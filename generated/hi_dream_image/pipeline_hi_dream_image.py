@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HiDreamImagePipeline (pipelines/hidream_image/pipeline_hidream_image.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.HiDreamImagePipeline (pipelines/hidream_image/pipeline_hidream_image.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -971,9 +971,8 @@ class HiDreamImagePipeline(
             image = self.vae.decode(latents, return_dict=False)[0]
         return image
 
-    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
-        """One call of the pipeline."""
-        inputs, decode_inputs = self.prepare_generation(**arguments)
+    def generate(self, inputs: dict[str, Any], decode_inputs: dict[str, Any]) -> DiffusionOutput:
+        """Denoise what was prepared, and decode it."""
         return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
 
     def finish(self, **inputs: Any) -> DiffusionOutput:
@@ -987,8 +986,9 @@ class HiDreamImagePipeline(
         requests = [self.request_arguments(p, s) for p, s in zip(req.prompts, req.sampling_params_list, strict=True)]
         merged = self.merge_arguments(requests) if len(requests) > 1 else None
         if merged is not None:
-            return split_diffusion_output_by_request(self.generate(merged), req, num_outputs_per_prompt=1)
-        return [self.generate(arguments) for arguments in requests]
+            output = self.generate(*self.prepare_generation(**merged))
+            return split_diffusion_output_by_request(output, req, num_outputs_per_prompt=1)
+        return [self.generate(*self.prepare_generation(**arguments)) for arguments in requests]
 
     def merge_arguments(self, requests: list[dict[str, Any]]) -> dict[str, Any] | None:
         """Arguments of one call for all requests; None if only calls one by one give every request its own result."""

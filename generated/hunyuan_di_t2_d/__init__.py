@@ -3,7 +3,16 @@
 """Ports of the hunyuan_di_t2_d family."""
 
 from .hunyuan_di_t2_d_transformer import HunyuanDiT2DModel
+from .pipeline_hunyuan_di_t import HunyuanDiTPipeline, get_hunyuan_di_t_post_process_func
+from .pipeline_hunyuan_di_t_control_net import (
+    HunyuanDiTControlNetPipeline,
+    get_hunyuan_di_t_control_net_post_process_func,
+)
 
 __all__ = [
     "HunyuanDiT2DModel",
+    "HunyuanDiTControlNetPipeline",
+    "HunyuanDiTPipeline",
+    "get_hunyuan_di_t_control_net_post_process_func",
+    "get_hunyuan_di_t_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanImageTransformer2DModel (models/transformers/transformer_hunyuanimage.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.HunyuanImageTransformer2DModel (models/transformers/transformer_hunyuanimage.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
 from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
+from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -69,10 +70,45 @@ class MaskedFlashAttention(FlashAttentionImpl):
         if mask is None:
             return super().forward(query, key, value, attn_metadata)
         if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+            mask = mask[:, 0, 0]
         if mask.dtype == torch.bool and mask.ndim == 2:
+            mask = mask.expand(key.shape[0], -1)
             return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
         return self.dense.forward(query, key, value, attn_metadata)
+
+    def forward_cuda(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        """The valid keys of all samples come first, padding behind them. To take padding out, the host would have to wait
+        for the number of keys in every layer."""
+        from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
+
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None or flash_attn_varlen_func is None:
+            return super().forward_cuda(query, key, value, attn_metadata)
+        self._warn_fa_deterministic_non_dense("masked-varlen")
+        batch_size, query_length = query.shape[:2]
+        index = torch.arange(mask.numel(), device=mask.device)
+        count = mask.flatten().cumsum(0)  # of the valid keys up to each
+        place = torch.where(mask.flatten(), count - 1, count[-1] + index - count)
+        order = torch.empty_like(index).scatter(0, place, index)
+        starts = torch.arange(batch_size + 1, dtype=torch.int32, device=mask.device)
+        out = flash_attn_varlen_func(
+            query.flatten(0, 1),
+            key.flatten(0, 1)[order],
+            value.flatten(0, 1)[order],
+            cu_seqlens_q=starts * query_length,
+            cu_seqlens_k=F.pad(count.view(batch_size, -1)[:, -1].int(), (1, 0)),
+            max_seqlen_q=query_length,
+            max_seqlen_k=key.shape[1],
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+        )
+        return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
 class PackedRowParallelLinear(RowParallelLinear):
@@ -98,6 +134,11 @@ class PackedRowParallelLinear(RowParallelLinear):
 
     def weight_loader_v2(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         super().weight_loader_v2(param, self._by_rank(loaded_weight))
+
+
+def mask_if_padded(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask, or None where it masks nothing: asked once for all layers. One that is added to scores stays."""
+    return None if mask is not None and not mask.is_floating_point() and mask.all() else mask
 
 
 @functools.lru_cache(maxsize=32)
@@ -240,18 +281,11 @@ class HunyuanImageSelfAttention(nn.Module):
 
         current_length: int = attention_mask.shape[-1]
         if current_length != sequence_length:
-            if attention_mask.device.type == "mps":
-                # HACK: MPS: Does not support padding by greater than dimension of input tensor.
-                # Instead, we can manually construct the padding tensor.
-                padding_shape = (attention_mask.shape[0], attention_mask.shape[1], sequence_length)
-                padding = torch.zeros(padding_shape, dtype=attention_mask.dtype, device=attention_mask.device)
-                attention_mask = torch.cat([attention_mask, padding], dim=2)
-            else:
-                # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
-                #       we want to instead pad by (0, remaining_length), where remaining_length is:
-                #       remaining_length: int = target_length - current_length
-                # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
+            # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
+            #       we want to instead pad by (0, remaining_length), where remaining_length is:
+            #       remaining_length: int = target_length - current_length
+            # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
+            attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
 
         if attention_mask.shape[0] < batch_size * head_size:
             attention_mask = attention_mask.repeat_interleave(
@@ -1536,6 +1570,7 @@ class HunyuanImageTransformer2DModel(nn.Module):
 
         attention_mask = F.pad(encoder_attention_mask, (hidden_states.shape[1], 0), value=True)
         attention_mask = attention_mask.unsqueeze(1).unsqueeze(2)
+        attention_mask = mask_if_padded(attention_mask)
         image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
         hidden_states = self.shard_hidden_states(hidden_states)
         encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Kandinsky5I2IPipeline (pipelines/kandinsky5/pipeline_kandinsky_i2i.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.Kandinsky5I2IPipeline (pipelines/kandinsky5/pipeline_kandinsky_i2i.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import copy
 import html
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,7 +35,9 @@ from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComp
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
+from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
+from vllm_omni.diffusion.worker.utils import StepRequestState
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
 
 from .kandinsky5_transformer import Kandinsky5Transformer3DModel
@@ -106,6 +109,53 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
     )
 
 
+class SeparateRequests(ValueError):
+    """Requests that one denoising loop can't serve."""
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Whether two values, perhaps with tensors in them, are equal."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        return left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same_value(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same_value, left, right))
+    return np.array_equal(left, right)
+
+
+def agreed(values: Sequence[Any]) -> Any:
+    """The value that all requests have."""
+    if any(not same_value(value, values[0]) for value in values):
+        raise SeparateRequests
+    return values[0]
+
+
+def join_rows(values: Sequence[Any], branches: bool) -> Any:
+    """What each request brings, one row behind the other; with both `branches` of guidance, one branch behind the other."""
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise SeparateRequests
+    if isinstance(first, torch.Generator):
+        return list(values)
+    if isinstance(first, dict) and all(value.keys() == first.keys() for value in values):
+        return {key: join_rows([value[key] for value in values], branches) for key in first}
+    several = 3 if branches else 1  # rows of one request
+    if isinstance(first, torch.Tensor) and first.ndim:
+        if any(value.shape != first.shape for value in values):
+            raise SeparateRequests
+        if len(first) <= several:
+            return torch.cat([row for rows in zip(*(value.split(1) for value in values)) for row in rows])
+    if isinstance(first, (list, tuple)) and all(len(value) == len(first) for value in values):
+        held = any(isinstance(entry, torch.Tensor) and entry.shape[:1] == (1,) for entry in first)
+        if isinstance(first, list) and len(first) <= several and not held:  # an entry for each prompt
+            return [entry for entries in zip(*values) for entry in entries]
+        return type(first)(join_rows(entries, branches) for entries in zip(*values))
+    return agreed(values)
+
+
 def get_kandinsky5_i2_i_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `Kandinsky5I2IPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -131,7 +181,8 @@ class Kandinsky5I2IPipeline(
 ):
     """Pipeline for image-to-image generation using Kandinsky 5.0."""
 
-    supports_request_batch: ClassVar[bool] = False
+    supports_request_batch: ClassVar[bool] = True
+    supports_step_execution: ClassVar[bool] = True
     default_num_inference_steps: ClassVar[int] = 50
     _dit_modules: ClassVar[list[str]] = ["transformer"]
     _encoder_modules: ClassVar[list[str]] = ["text_encoder", "text_encoder_2"]
@@ -142,6 +193,54 @@ class Kandinsky5I2IPipeline(
         "callback_on_step_end": "the engine reports progress itself and calls nothing back",
         "callback_on_step_end_tensor_inputs": "the engine reports progress itself and calls nothing back",
     }
+    _text_arguments: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+    )
+    _tensor_arguments: ClassVar[tuple[str, ...]] = (
+        "latents",
+        "prompt_embeds_qwen",
+        "prompt_embeds_clip",
+        "negative_prompt_embeds_qwen",
+        "negative_prompt_embeds_clip",
+        "prompt_cu_seqlens",
+        "negative_prompt_cu_seqlens",
+    )
+    _request_arguments: ClassVar[tuple[str, ...]] = (
+        "image",
+        "prompt",
+        "negative_prompt",
+        "generator",
+        "latents",
+        "prompt_embeds_qwen",
+        "prompt_embeds_clip",
+        "negative_prompt_embeds_qwen",
+        "negative_prompt_embeds_clip",
+        "prompt_cu_seqlens",
+        "negative_prompt_cu_seqlens",
+    )
+    # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
+    # requests of one loop agree.
+    _rows: ClassVar[tuple[str, ...]] = (
+        "latents",
+        "prompt_embeds_qwen",
+        "prompt_embeds_clip",
+        "negative_prompt_embeds_qwen",
+        "negative_prompt_embeds_clip",
+    )
+    _branch_rows: ClassVar[tuple[str, ...]] = (
+        "prompt_embeds_qwen",
+        "prompt_embeds_clip",
+        "negative_prompt_embeds_qwen",
+        "negative_prompt_embeds_clip",
+    )
+    _row_counts: ClassVar[tuple[str, ...]] = ("batch_size",)
+    _agreed: ClassVar[tuple[str, ...]] = (
+        "timesteps",
+        "visual_rope_pos",
+        "text_rope_pos",
+        "negative_text_rope_pos",
+    )
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
         super().__init__()
@@ -709,10 +808,10 @@ class Kandinsky5I2IPipeline(
         scale_factor = [1.0, 1.0, 1.0]
         return (
             {
+                "latents": latents,
                 "timesteps": timesteps,
                 "batch_size": batch_size,
                 "num_images_per_prompt": num_images_per_prompt,
-                "latents": latents,
                 "dtype": dtype,
                 "prompt_embeds_qwen": prompt_embeds_qwen,
                 "prompt_embeds_clip": prompt_embeds_clip,
@@ -726,7 +825,6 @@ class Kandinsky5I2IPipeline(
                 "num_channels_latents": num_channels_latents,
             },
             {
-                "latents": latents,
                 "num_channels_latents": num_channels_latents,
                 "output_type": output_type,
                 "batch_size": batch_size,
@@ -736,9 +834,9 @@ class Kandinsky5I2IPipeline(
             },
         )
 
-    def diffuse(
+    def predict_guided_noise(
         self,
-        timesteps,
+        t,
         batch_size,
         num_images_per_prompt,
         latents,
@@ -752,46 +850,88 @@ class Kandinsky5I2IPipeline(
         negative_prompt_embeds_qwen,
         negative_prompt_embeds_clip,
         negative_text_rope_pos,
+    ) -> torch.Tensor:
+        """The prediction that one scheduler step takes, guided if the request is."""
+
+        timestep = t.unsqueeze(0).repeat(batch_size * num_images_per_prompt)
+        positive_kwargs = {
+            "hidden_states": latents.to(dtype),
+            "encoder_hidden_states": prompt_embeds_qwen.to(dtype),
+            "pooled_projections": prompt_embeds_clip.to(dtype),
+            "timestep": timestep.to(dtype),
+            "visual_rope_pos": visual_rope_pos,
+            "text_rope_pos": text_rope_pos,
+            "scale_factor": scale_factor,
+            "sparse_params": None,
+        }
+        negative_kwargs = None
+        if guidance_scale > 1.0 and negative_prompt_embeds_qwen is not None:
+            negative_kwargs = positive_kwargs | {
+                "encoder_hidden_states": negative_prompt_embeds_qwen.to(dtype),
+                "pooled_projections": negative_prompt_embeds_clip.to(dtype),
+                "text_rope_pos": negative_text_rope_pos,
+            }
+        return self.predict_noise_maybe_with_cfg(
+            guidance_scale > 1.0 and negative_prompt_embeds_qwen is not None,
+            guidance_scale,
+            positive_kwargs,
+            negative_kwargs,
+            cfg_normalize=False,
+        )
+
+    def step_latents(self, scheduler, pred_velocity, t, latents, num_channels_latents):
+
+        latents[:, :, :, :, :num_channels_latents] = scheduler.step(
+            pred_velocity[:, :], t, latents[:, :, :, :, :num_channels_latents], return_dict=False
+        )[0]
+        return latents
+
+    def diffuse(
+        self,
+        latents,
+        timesteps,
+        batch_size,
+        num_images_per_prompt,
+        dtype,
+        prompt_embeds_qwen,
+        prompt_embeds_clip,
+        visual_rope_pos,
+        text_rope_pos,
+        scale_factor,
+        guidance_scale,
+        negative_prompt_embeds_qwen,
+        negative_prompt_embeds_clip,
+        negative_text_rope_pos,
         num_channels_latents,
-    ) -> None:
-        """All denoising, from start to end."""
-        # 8. Sparse Params for efficient attention
-        # 9. Denoising loop
-
-        for i, t in enumerate(timesteps):
-            timestep = t.unsqueeze(0).repeat(batch_size * num_images_per_prompt)
-
-            # Predict noise residual
-            pred_velocity = self.transformer(
-                hidden_states=latents.to(dtype),
-                encoder_hidden_states=prompt_embeds_qwen.to(dtype),
-                pooled_projections=prompt_embeds_clip.to(dtype),
-                timestep=timestep.to(dtype),
-                visual_rope_pos=visual_rope_pos,
-                text_rope_pos=text_rope_pos,
-                scale_factor=scale_factor,
-                sparse_params=None,
-                return_dict=True,
-            ).sample
-
-            if guidance_scale > 1.0 and negative_prompt_embeds_qwen is not None:
-                uncond_pred_velocity = self.transformer(
-                    hidden_states=latents.to(dtype),
-                    encoder_hidden_states=negative_prompt_embeds_qwen.to(dtype),
-                    pooled_projections=negative_prompt_embeds_clip.to(dtype),
-                    timestep=timestep.to(dtype),
+    ) -> torch.Tensor:
+        """The denoising loop."""
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for t in timesteps:
+                pred_velocity = self.predict_guided_noise(
+                    t=t,
+                    batch_size=batch_size,
+                    num_images_per_prompt=num_images_per_prompt,
+                    latents=latents,
+                    dtype=dtype,
+                    prompt_embeds_qwen=prompt_embeds_qwen,
+                    prompt_embeds_clip=prompt_embeds_clip,
                     visual_rope_pos=visual_rope_pos,
-                    text_rope_pos=negative_text_rope_pos,
+                    text_rope_pos=text_rope_pos,
                     scale_factor=scale_factor,
-                    sparse_params=None,
-                    return_dict=True,
-                ).sample
-
-                pred_velocity = uncond_pred_velocity + guidance_scale * (pred_velocity - uncond_pred_velocity)
-
-            latents[:, :, :, :, :num_channels_latents] = self.scheduler.step(
-                pred_velocity[:, :], t, latents[:, :, :, :, :num_channels_latents], return_dict=False
-            )[0]
+                    guidance_scale=guidance_scale,
+                    negative_prompt_embeds_qwen=negative_prompt_embeds_qwen,
+                    negative_prompt_embeds_clip=negative_prompt_embeds_clip,
+                    negative_text_rope_pos=negative_text_rope_pos,
+                )
+                latents = self.step_latents(
+                    self.scheduler,
+                    pred_velocity=pred_velocity,
+                    t=t,
+                    latents=latents,
+                    num_channels_latents=num_channels_latents,
+                )
+                progress_bar.update()
+        return latents
 
     def decode(
         self,
@@ -835,11 +975,9 @@ class Kandinsky5I2IPipeline(
             image = latents
         return image
 
-    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
-        """One call of the pipeline."""
-        inputs, decode_inputs = self.prepare_generation(**arguments)
-        self.diffuse(**inputs)
-        return self.finish(**decode_inputs)
+    def generate(self, inputs: dict[str, Any], decode_inputs: dict[str, Any]) -> DiffusionOutput:
+        """Denoise what was prepared, and decode it."""
+        return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
 
     def finish(self, **inputs: Any) -> DiffusionOutput:
         """Decode, and wrap for the engine."""
@@ -850,7 +988,110 @@ class Kandinsky5I2IPipeline(
 
     def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
         requests = [self.request_arguments(p, s) for p, s in zip(req.prompts, req.sampling_params_list, strict=True)]
-        return [self.generate(arguments) for arguments in requests]
+        if len(requests) > 1 and self.share_settings(requests):
+            return self.generate_together(requests)
+        return [self.generate(*self.prepare_generation(**arguments)) for arguments in requests]
+
+    def share_settings(self, requests: list[dict[str, Any]]) -> bool:
+        """Whether requests differ in nothing but what each of them brings, which is one row."""
+        first = requests[0]
+        for arguments in requests:
+            if arguments["num_images_per_prompt"] != 1 or arguments.keys() != first.keys():
+                return False
+            for name, value in arguments.items():
+                if name in self._text_arguments and isinstance(value, list):
+                    return False
+                if name in self._tensor_arguments and isinstance(value, torch.Tensor) and len(value) != 1:
+                    return False
+                if name not in self._request_arguments and not same_value(value, first[name]):
+                    return False
+        return True
+
+    def generate_together(self, requests: list[dict[str, Any]]) -> list[DiffusionOutput]:
+        """Encode and decode each request alone, and denoise all at once where their inputs have equal shapes."""
+        prepared = []
+        for arguments in requests:
+            prepared.append((*self.prepare_generation(**arguments), copy.deepcopy(self.scheduler)))
+        joined = self.join_inputs([inputs for inputs, _, _ in prepared])
+        outputs = []
+        if joined is None:
+            for inputs, decode_inputs, scheduler in prepared:
+                self.scheduler = scheduler
+                outputs.append(self.generate(inputs, decode_inputs))
+            return outputs
+        latents = self.diffuse(**joined)
+        for index, (_, decode_inputs, _) in enumerate(prepared):
+            outputs.append(self.finish(latents=latents[index : index + 1], **decode_inputs))
+        return outputs
+
+    def join_inputs(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """Inputs of one loop for all requests; None where they have to stay apart."""
+        joined = dict(requests[0])
+        try:
+            for name in joined:
+                values = [inputs[name] for inputs in requests]
+                if name in self._rows:
+                    joined[name] = join_rows(values, branches=name in self._branch_rows)
+                elif name in self._row_counts:
+                    joined[name] = sum(values)
+                elif name in self._agreed:
+                    joined[name] = agreed(values)
+        except SeparateRequests:
+            return None
+        return joined
+
+    def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
+        """Step execution: encode one request and give it a scheduler of its own."""
+        inputs, state.extra["decode"] = self.prepare_generation(**self.request_arguments(state.prompt, state.sampling))
+        state.latents = inputs.pop("latents")
+        state.timesteps = inputs.pop("timesteps")
+        state.step_index = 0
+        state.scheduler = copy.deepcopy(self.scheduler)
+        state.extra["denoise"] = inputs
+        return state
+
+    def denoise_step(
+        self, input_batch: InputBatch, *, states: Sequence[StepRequestState] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Step execution: predict for each request at its own timestep."""
+        predictions = []
+        for state in states if states is not None else input_batch.states:
+            inputs = state.extra["denoise"]
+            predictions.append(
+                self.predict_guided_noise(
+                    t=state.current_timestep,
+                    batch_size=inputs["batch_size"],
+                    num_images_per_prompt=inputs["num_images_per_prompt"],
+                    latents=state.latents,
+                    dtype=inputs["dtype"],
+                    prompt_embeds_qwen=inputs["prompt_embeds_qwen"],
+                    prompt_embeds_clip=inputs["prompt_embeds_clip"],
+                    visual_rope_pos=inputs["visual_rope_pos"],
+                    text_rope_pos=inputs["text_rope_pos"],
+                    scale_factor=inputs["scale_factor"],
+                    guidance_scale=inputs["guidance_scale"],
+                    negative_prompt_embeds_qwen=inputs["negative_prompt_embeds_qwen"],
+                    negative_prompt_embeds_clip=inputs["negative_prompt_embeds_clip"],
+                    negative_text_rope_pos=inputs["negative_text_rope_pos"],
+                )
+            )
+        return torch.cat(predictions)
+
+    def step_scheduler(self, state: StepRequestState, noise_pred: torch.Tensor, **kwargs: Any) -> None:
+        """Step execution: one step of the request's own scheduler."""
+        inputs = state.extra["denoise"]
+        state.latents = self.step_latents(
+            state.scheduler,
+            pred_velocity=noise_pred,
+            t=state.current_timestep,
+            latents=state.latents,
+            num_channels_latents=inputs["num_channels_latents"],
+        )
+        state.step_index += 1
+
+    def post_decode(self, state: StepRequestState, **kwargs: Any) -> DiffusionOutput:
+        """Step execution: decode a finished request."""
+        return self.finish(latents=state.latents, **state.extra["decode"])
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights)

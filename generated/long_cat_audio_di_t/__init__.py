@@ -3,7 +3,10 @@
 """Ports of the long_cat_audio_di_t family."""
 
 from .long_cat_audio_di_t_transformer import LongCatAudioDiTTransformer
+from .pipeline_long_cat_audio_di_t import LongCatAudioDiTPipeline, get_long_cat_audio_di_t_post_process_func
 
 __all__ = [
+    "LongCatAudioDiTPipeline",
     "LongCatAudioDiTTransformer",
+    "get_long_cat_audio_di_t_post_process_func",
 ]

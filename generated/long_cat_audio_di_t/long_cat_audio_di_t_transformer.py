@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LongCatAudioDiTTransformer (models/transformers/transformer_longcat_audio_dit.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.LongCatAudioDiTTransformer (models/transformers/transformer_longcat_audio_dit.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
 from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
+from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
@@ -128,10 +129,45 @@ class MaskedFlashAttention(FlashAttentionImpl):
         if mask is None:
             return super().forward(query, key, value, attn_metadata)
         if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+            mask = mask[:, 0, 0]
         if mask.dtype == torch.bool and mask.ndim == 2:
+            mask = mask.expand(key.shape[0], -1)
             return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
         return self.dense.forward(query, key, value, attn_metadata)
+
+    def forward_cuda(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        """The valid keys of all samples come first, padding behind them. To take padding out, the host would have to wait
+        for the number of keys in every layer."""
+        from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
+
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None or flash_attn_varlen_func is None:
+            return super().forward_cuda(query, key, value, attn_metadata)
+        self._warn_fa_deterministic_non_dense("masked-varlen")
+        batch_size, query_length = query.shape[:2]
+        index = torch.arange(mask.numel(), device=mask.device)
+        count = mask.flatten().cumsum(0)  # of the valid keys up to each
+        place = torch.where(mask.flatten(), count - 1, count[-1] + index - count)
+        order = torch.empty_like(index).scatter(0, place, index)
+        starts = torch.arange(batch_size + 1, dtype=torch.int32, device=mask.device)
+        out = flash_attn_varlen_func(
+            query.flatten(0, 1),
+            key.flatten(0, 1)[order],
+            value.flatten(0, 1)[order],
+            cu_seqlens_q=starts * query_length,
+            cu_seqlens_k=F.pad(count.view(batch_size, -1)[:, -1].int(), (1, 0)),
+            max_seqlen_q=query_length,
+            max_seqlen_k=key.shape[1],
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+        )
+        return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
 class TensorParallelRMSNorm(nn.Module):

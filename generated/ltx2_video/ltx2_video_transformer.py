@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTX2VideoTransformer3DModel (models/transformers/transformer_ltx2.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.LTX2VideoTransformer3DModel (models/transformers/transformer_ltx2.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
 from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
+from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.platforms import current_omni_platform
@@ -126,10 +127,45 @@ class MaskedFlashAttention(FlashAttentionImpl):
         if mask is None:
             return super().forward(query, key, value, attn_metadata)
         if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+            mask = mask[:, 0, 0]
         if mask.dtype == torch.bool and mask.ndim == 2:
+            mask = mask.expand(key.shape[0], -1)
             return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
         return self.dense.forward(query, key, value, attn_metadata)
+
+    def forward_cuda(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        """The valid keys of all samples come first, padding behind them. To take padding out, the host would have to wait
+        for the number of keys in every layer."""
+        from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
+
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None or flash_attn_varlen_func is None:
+            return super().forward_cuda(query, key, value, attn_metadata)
+        self._warn_fa_deterministic_non_dense("masked-varlen")
+        batch_size, query_length = query.shape[:2]
+        index = torch.arange(mask.numel(), device=mask.device)
+        count = mask.flatten().cumsum(0)  # of the valid keys up to each
+        place = torch.where(mask.flatten(), count - 1, count[-1] + index - count)
+        order = torch.empty_like(index).scatter(0, place, index)
+        starts = torch.arange(batch_size + 1, dtype=torch.int32, device=mask.device)
+        out = flash_attn_varlen_func(
+            query.flatten(0, 1),
+            key.flatten(0, 1)[order],
+            value.flatten(0, 1)[order],
+            cu_seqlens_q=starts * query_length,
+            cu_seqlens_k=F.pad(count.view(batch_size, -1)[:, -1].int(), (1, 0)),
+            max_seqlen_q=query_length,
+            max_seqlen_k=key.shape[1],
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+        )
+        return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
 class TensorParallelRMSNorm(nn.Module):
@@ -154,6 +190,19 @@ class TensorParallelRMSNorm(nn.Module):
         eps = torch.finfo(hidden_states.dtype).eps if self.eps is None else self.eps
         states = states * torch.rsqrt(squares / self.dim + eps)
         return (states * self.weight.float()).type_as(hidden_states)
+
+
+def key_padding_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The keys to attend to ([B, keys], bool), where `mask` is 1 for them and 0 for padding; None if nothing is padding.
+
+    Diffusers adds -10000 to the scores of padding, of which a softmax leaves nothing, unless all is padding: such a row attends
+    to everything. A bias ([B, 1, keys]) stays one, the same for all heads.
+    """
+    if mask is None or mask.ndim != 2:
+        return mask if mask is None else mask.unsqueeze(1)
+    keys = mask == 1
+    keys = keys | ~keys.any(dim=-1, keepdim=True)
+    return None if keys.all() else keys
 
 
 def rotary_of_this_rank(tables: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -576,18 +625,11 @@ class LTX2PerturbedSelfAttention(nn.Module):
 
             current_length: int = attention_mask.shape[-1]
             if current_length != sequence_length:
-                if attention_mask.device.type == "mps":
-                    # HACK: MPS: Does not support padding by greater than dimension of input tensor.
-                    # Instead, we can manually construct the padding tensor.
-                    padding_shape = (attention_mask.shape[0], attention_mask.shape[1], sequence_length)
-                    padding = torch.zeros(padding_shape, dtype=attention_mask.dtype, device=attention_mask.device)
-                    attention_mask = torch.cat([attention_mask, padding], dim=2)
-                else:
-                    # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
-                    #       we want to instead pad by (0, remaining_length), where remaining_length is:
-                    #       remaining_length: int = target_length - current_length
-                    # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                    attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
+                # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
+                #       we want to instead pad by (0, remaining_length), where remaining_length is:
+                #       remaining_length: int = target_length - current_length
+                # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
+                attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
 
             if attention_mask.shape[0] < batch_size * head_size:
                 attention_mask = attention_mask.repeat_interleave(head_size, dim=0)
@@ -760,18 +802,11 @@ class LTX2AudioVideoSelfAttention(nn.Module):
 
             current_length: int = attention_mask.shape[-1]
             if current_length != sequence_length:
-                if attention_mask.device.type == "mps":
-                    # HACK: MPS: Does not support padding by greater than dimension of input tensor.
-                    # Instead, we can manually construct the padding tensor.
-                    padding_shape = (attention_mask.shape[0], attention_mask.shape[1], sequence_length)
-                    padding = torch.zeros(padding_shape, dtype=attention_mask.dtype, device=attention_mask.device)
-                    attention_mask = torch.cat([attention_mask, padding], dim=2)
-                else:
-                    # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
-                    #       we want to instead pad by (0, remaining_length), where remaining_length is:
-                    #       remaining_length: int = target_length - current_length
-                    # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                    attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
+                # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
+                #       we want to instead pad by (0, remaining_length), where remaining_length is:
+                #       remaining_length: int = target_length - current_length
+                # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
+                attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
 
             if attention_mask.shape[0] < batch_size * head_size:
                 attention_mask = attention_mask.repeat_interleave(head_size, dim=0)
@@ -935,29 +970,6 @@ class LTX2PerturbedCrossAttention(nn.Module):
         perturbation_mask: torch.Tensor | None = None,
         all_perturbed: bool | None = None,
     ) -> torch.Tensor:
-        batch_size, sequence_length, _ = encoder_hidden_states.shape
-
-        if attention_mask is not None:
-            head_size = self.heads
-
-            current_length: int = attention_mask.shape[-1]
-            if current_length != sequence_length:
-                if attention_mask.device.type == "mps":
-                    # HACK: MPS: Does not support padding by greater than dimension of input tensor.
-                    # Instead, we can manually construct the padding tensor.
-                    padding_shape = (attention_mask.shape[0], attention_mask.shape[1], sequence_length)
-                    padding = torch.zeros(padding_shape, dtype=attention_mask.dtype, device=attention_mask.device)
-                    attention_mask = torch.cat([attention_mask, padding], dim=2)
-                else:
-                    # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
-                    #       we want to instead pad by (0, remaining_length), where remaining_length is:
-                    #       remaining_length: int = target_length - current_length
-                    # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                    attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
-
-            if attention_mask.shape[0] < batch_size * head_size:
-                attention_mask = attention_mask.repeat_interleave(head_size, dim=0)
-            attention_mask = attention_mask.view(batch_size, self.heads, -1, attention_mask.shape[-1])
 
         if self.to_gate_logits is not None:
             # Calculate gate logits on original hidden_states
@@ -1104,29 +1116,6 @@ class LTX2AudioVideoCrossAttention(nn.Module):
         query_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         key_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        batch_size, sequence_length, _ = encoder_hidden_states.shape
-
-        if attention_mask is not None:
-            head_size = self.heads
-
-            current_length: int = attention_mask.shape[-1]
-            if current_length != sequence_length:
-                if attention_mask.device.type == "mps":
-                    # HACK: MPS: Does not support padding by greater than dimension of input tensor.
-                    # Instead, we can manually construct the padding tensor.
-                    padding_shape = (attention_mask.shape[0], attention_mask.shape[1], sequence_length)
-                    padding = torch.zeros(padding_shape, dtype=attention_mask.dtype, device=attention_mask.device)
-                    attention_mask = torch.cat([attention_mask, padding], dim=2)
-                else:
-                    # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
-                    #       we want to instead pad by (0, remaining_length), where remaining_length is:
-                    #       remaining_length: int = target_length - current_length
-                    # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                    attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
-
-            if attention_mask.shape[0] < batch_size * head_size:
-                attention_mask = attention_mask.repeat_interleave(head_size, dim=0)
-            attention_mask = attention_mask.view(batch_size, self.heads, -1, attention_mask.shape[-1])
 
         if self.to_gate_logits is not None:
             # Calculate gate logits on original hidden_states
@@ -2330,15 +2319,8 @@ class LTX2VideoTransformer3DModel(nn.Module):
         # Determine timestep for audio.
         audio_timestep = audio_timestep if audio_timestep is not None else timestep
         audio_sigma = audio_sigma if audio_sigma is not None else sigma
-
-        # convert encoder_attention_mask to a bias the same way we do for attention_mask
-        if encoder_attention_mask is not None and encoder_attention_mask.ndim == 2:
-            encoder_attention_mask = (1 - encoder_attention_mask.to(hidden_states.dtype)) * -10000.0
-            encoder_attention_mask = encoder_attention_mask.unsqueeze(1)
-
-        if audio_encoder_attention_mask is not None and audio_encoder_attention_mask.ndim == 2:
-            audio_encoder_attention_mask = (1 - audio_encoder_attention_mask.to(audio_hidden_states.dtype)) * -10000.0
-            audio_encoder_attention_mask = audio_encoder_attention_mask.unsqueeze(1)
+        encoder_attention_mask = key_padding_mask(encoder_attention_mask)
+        audio_encoder_attention_mask = key_padding_mask(audio_encoder_attention_mask)
 
         # Convert video_self_attention_mask from multiplicative mask ([0, 1]) to additive bias form (0 / -10000)
         # matching the encoder_attention_mask convention above. Shape is preserved: (B, T_v, T_v).

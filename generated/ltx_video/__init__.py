@@ -4,10 +4,12 @@
 
 from .ltx_video_transformer import LTXVideoTransformer3DModel
 from .pipeline_ltx import LTXPipeline
+from .pipeline_ltx_condition import LTXConditionPipeline
 from .pipeline_ltx_image_to_video import LTXImageToVideoPipeline
 from .pipeline_ltxi2_v_long_multi_prompt import LTXI2VLongMultiPromptPipeline
 
 __all__ = [
+    "LTXConditionPipeline",
     "LTXI2VLongMultiPromptPipeline",
     "LTXImageToVideoPipeline",
     "LTXPipeline",

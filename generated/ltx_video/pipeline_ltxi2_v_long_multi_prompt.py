@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTXI2VLongMultiPromptPipeline (pipelines/ltx/pipeline_ltx_i2v_long_multi_prompt.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.LTXI2VLongMultiPromptPipeline (pipelines/ltx/pipeline_ltx_i2v_long_multi_prompt.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -1320,9 +1320,8 @@ class LTXI2VLongMultiPromptPipeline(
             )
         return video
 
-    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
-        """One call of the pipeline."""
-        inputs, decode_inputs = self.prepare_generation(**arguments)
+    def generate(self, inputs: dict[str, Any], decode_inputs: dict[str, Any]) -> DiffusionOutput:
+        """Denoise what was prepared, and decode it."""
         return self.finish(out_latents=self.diffuse(**inputs), **decode_inputs)
 
     def finish(self, **inputs: Any) -> DiffusionOutput:
@@ -1337,7 +1336,7 @@ class LTXI2VLongMultiPromptPipeline(
             self.request_arguments(p, s, req.is_dummy_run())
             for p, s in zip(req.prompts, req.sampling_params_list, strict=True)
         ]
-        return [self.generate(arguments) for arguments in requests]
+        return [self.generate(*self.prepare_generation(**arguments)) for arguments in requests]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights)

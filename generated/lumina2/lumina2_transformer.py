@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Lumina2Transformer2DModel (models/transformers/transformer_lumina2.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.Lumina2Transformer2DModel (models/transformers/transformer_lumina2.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cache_dit import ForwardPattern
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import LuminaLayerNormContinuous, RMSNorm
 from torch import nn
@@ -29,6 +29,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
 from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
+from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -36,6 +37,7 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.diffusion.layers.fused_qk_norm_rope import fused_qk_norm_rope, fused_qk_norm_rope_min_tokens
 from vllm_omni.platforms import current_omni_platform
 
 
@@ -61,10 +63,71 @@ class MaskedFlashAttention(FlashAttentionImpl):
         if mask is None:
             return super().forward(query, key, value, attn_metadata)
         if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+            mask = mask[:, 0, 0]
         if mask.dtype == torch.bool and mask.ndim == 2:
+            mask = mask.expand(key.shape[0], -1)
             return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
         return self.dense.forward(query, key, value, attn_metadata)
+
+    def forward_cuda(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        """The valid keys of all samples come first, padding behind them. To take padding out, the host would have to wait
+        for the number of keys in every layer."""
+        from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
+
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None or flash_attn_varlen_func is None:
+            return super().forward_cuda(query, key, value, attn_metadata)
+        self._warn_fa_deterministic_non_dense("masked-varlen")
+        batch_size, query_length = query.shape[:2]
+        index = torch.arange(mask.numel(), device=mask.device)
+        count = mask.flatten().cumsum(0)  # of the valid keys up to each
+        place = torch.where(mask.flatten(), count - 1, count[-1] + index - count)
+        order = torch.empty_like(index).scatter(0, place, index)
+        starts = torch.arange(batch_size + 1, dtype=torch.int32, device=mask.device)
+        out = flash_attn_varlen_func(
+            query.flatten(0, 1),
+            key.flatten(0, 1)[order],
+            value.flatten(0, 1)[order],
+            cu_seqlens_q=starts * query_length,
+            cu_seqlens_k=F.pad(count.view(batch_size, -1)[:, -1].int(), (1, 0)),
+            max_seqlen_q=query_length,
+            max_seqlen_k=key.shape[1],
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+        )
+        return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
+
+
+def mask_if_padded(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask, or None where it masks nothing: asked once for all layers. One that is added to scores stays."""
+    return None if mask is not None and not mask.is_floating_point() and mask.all() else mask
+
+
+def norm_and_rotate(
+    query: torch.Tensor, key: torch.Tensor, norm_q: nn.Module, norm_k: nn.Module, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square norm of every head of [B, S, heads, head_dim], then the rotary embedding of adjacent pairs by
+    cosines and sines of [S, head_dim / 2] or [B, S, head_dim / 2]; for many tokens in one kernel."""
+    batch, tokens = query.shape[:2]
+    if batch * tokens >= fused_qk_norm_rope_min_tokens(2048):
+        table = torch.cat((cos, sin), dim=-1).float().expand(batch, -1, -1).flatten(0, 1)
+        query, key = fused_qk_norm_rope(
+            query.flatten(0, 1), key.flatten(0, 1), norm_q.weight, norm_k.weight, table, norm_q.eps, interleaved=True
+        )
+        return query.unflatten(0, (batch, tokens)), key.unflatten(0, (batch, tokens))
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return torch.stack((real * c - imag * s, real * s + imag * c), dim=-1).flatten(3).type_as(x)
+
+    return rotate(norm_q(query)), rotate(norm_k(key))
 
 
 @functools.lru_cache(maxsize=32)
@@ -156,15 +219,12 @@ class Lumina2RotaryPosEmbed(nn.Module):
             position_ids[i, cap_seq_len:seq_len, 2] = col_ids
 
         # Get combined rotary embeddings
-        ids = position_ids
-        get_freqs_cis_device = ids.device
-        if ids.device.type == "mps":
-            ids = ids.to("cpu")
+        get_freqs_cis_device = position_ids.device
 
         result = []
         for i in range(len(self.axes_dim)):
-            freqs = self.freqs_cis[i].to(ids.device)
-            index = ids[:, :, i : i + 1].repeat(1, 1, freqs.shape[-1]).to(torch.int64)
+            freqs = self.freqs_cis[i].to(position_ids.device)
+            index = position_ids[:, :, i : i + 1].repeat(1, 1, freqs.shape[-1]).to(torch.int64)
             result.append(torch.gather(freqs.unsqueeze(0).repeat(index.shape[0], 1, 1), dim=1, index=index))
         freqs_cis = torch.cat(result, dim=-1).to(get_freqs_cis_device)
 
@@ -316,13 +376,8 @@ class Lumina2Attention(nn.Module):
         key = key.view(batch_size, -1, kv_heads, head_dim)
         value = value.view(batch_size, -1, kv_heads, head_dim)
 
-        # Apply Query-Key Norm if needed
-        query = self.norm_q(query)
-        key = self.norm_k(key)
-
         # Apply RoPE if needed
-        query = apply_rotary_emb(query, image_rotary_emb, use_real=False)
-        key = apply_rotary_emb(key, image_rotary_emb, use_real=False)
+        query, key = norm_and_rotate(query, key, self.norm_q, self.norm_k, image_rotary_emb.real, image_rotary_emb.imag)
 
         query, key = query.to(dtype), key.to(dtype)
 
@@ -766,6 +821,7 @@ class Lumina2Transformer2DModel(nn.Module):
         ) = self.rope_embedder(hidden_states, encoder_attention_mask)
 
         hidden_states = self.x_embedder(hidden_states)
+        encoder_attention_mask = mask_if_padded(encoder_attention_mask)
 
         # 2. Context & noise refinement
         for layer in self.context_refiner:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.OvisImageTransformer2DModel (models/transformers/transformer_ovis_image.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.OvisImageTransformer2DModel (models/transformers/transformer_ovis_image.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from cache_dit import ForwardPattern
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, apply_rotary_emb, get_1d_rotary_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous
 from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
@@ -38,6 +38,7 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather, sp_shard_with_padding
 from vllm_omni.diffusion.forward_context import get_forward_context, get_sp_shard_original_seq_len
+from vllm_omni.diffusion.layers.fused_qk_norm_rope import fused_qk_norm_rope, fused_qk_norm_rope_min_tokens
 
 logger = init_logger(__name__)  # pylint: disable=invalid-name
 
@@ -65,6 +66,27 @@ class PackedRowParallelLinear(RowParallelLinear):
 
     def weight_loader_v2(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         super().weight_loader_v2(param, self._by_rank(loaded_weight))
+
+
+def norm_and_rotate(
+    query: torch.Tensor, key: torch.Tensor, norm_q: nn.Module, norm_k: nn.Module, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square norm of every head of [B, S, heads, head_dim], then the rotary embedding of adjacent pairs by
+    cosines and sines of [S, head_dim / 2] or [B, S, head_dim / 2]; for many tokens in one kernel."""
+    batch, tokens = query.shape[:2]
+    if batch * tokens >= fused_qk_norm_rope_min_tokens(2048):
+        table = torch.cat((cos, sin), dim=-1).float().expand(batch, -1, -1).flatten(0, 1)
+        query, key = fused_qk_norm_rope(
+            query.flatten(0, 1), key.flatten(0, 1), norm_q.weight, norm_k.weight, table, norm_q.eps, interleaved=True
+        )
+        return query.unflatten(0, (batch, tokens)), key.unflatten(0, (batch, tokens))
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return torch.stack((real * c - imag * s, real * s + imag * c), dim=-1).flatten(3).type_as(x)
+
+    return rotate(norm_q(query)), rotate(norm_k(key))
 
 
 @functools.lru_cache(maxsize=32)
@@ -259,22 +281,29 @@ class OvisImageJointAttention(nn.Module):
         key = key.unflatten(-1, (self.heads, -1))
         value = value.unflatten(-1, (self.heads, -1))
 
-        query = self.norm_q(query)
-        key = self.norm_k(key)
-
         encoder_query = encoder_query.unflatten(-1, (self.heads, -1))
         encoder_key = encoder_key.unflatten(-1, (self.heads, -1))
         encoder_value = encoder_value.unflatten(-1, (self.heads, -1))
-
-        encoder_query = self.norm_added_q(encoder_query)
-        encoder_key = self.norm_added_k(encoder_key)
+        encoder_query, encoder_key = norm_and_rotate(
+            encoder_query,
+            encoder_key,
+            self.norm_added_q,
+            self.norm_added_k,
+            image_rotary_emb[0][: encoder_query.shape[1], ::2],
+            image_rotary_emb[1][: encoder_query.shape[1], ::2],
+        )
+        query, key = norm_and_rotate(
+            query,
+            key,
+            self.norm_q,
+            self.norm_k,
+            image_rotary_emb[0][encoder_query.shape[1] :, ::2],
+            image_rotary_emb[1][encoder_query.shape[1] :, ::2],
+        )
 
         query = torch.cat([encoder_query, query], dim=1)
         key = torch.cat([encoder_key, key], dim=1)
         value = torch.cat([encoder_value, value], dim=1)
-
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
 
         hidden_states = self.attn(
             query, key, value, attn_metadata=sequence_metadata(query, None, "encoder_hidden_states", "hidden_states")
@@ -497,11 +526,9 @@ class OvisImageSelfAttention(nn.Module):
         key = key.unflatten(-1, (self.heads, -1))
         value = value.unflatten(-1, (self.heads, -1))
 
-        query = self.norm_q(query)
-        key = self.norm_k(key)
-
-        query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-        key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        query, key = norm_and_rotate(
+            query, key, self.norm_q, self.norm_k, image_rotary_emb[0][:, ::2], image_rotary_emb[1][:, ::2]
+        )
 
         hidden_states = self.attn(
             query, key, value, attn_metadata=sequence_metadata(query, None, "encoder_hidden_states", "hidden_states")

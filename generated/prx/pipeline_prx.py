@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.PRXPipeline (pipelines/prx/pipeline_prx.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.PRXPipeline (pipelines/prx/pipeline_prx.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
-from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch, split_diffusion_output_by_request
+from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.diffusion.worker.utils import StepRequestState
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
 
@@ -273,6 +273,53 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
     )
 
 
+class SeparateRequests(ValueError):
+    """Requests that one denoising loop can't serve."""
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Whether two values, perhaps with tensors in them, are equal."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        return left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same_value(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same_value, left, right))
+    return np.array_equal(left, right)
+
+
+def agreed(values: Sequence[Any]) -> Any:
+    """The value that all requests have."""
+    if any(not same_value(value, values[0]) for value in values):
+        raise SeparateRequests
+    return values[0]
+
+
+def join_rows(values: Sequence[Any], branches: bool) -> Any:
+    """What each request brings, one row behind the other; with both `branches` of guidance, one branch behind the other."""
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise SeparateRequests
+    if isinstance(first, torch.Generator):
+        return list(values)
+    if isinstance(first, dict) and all(value.keys() == first.keys() for value in values):
+        return {key: join_rows([value[key] for value in values], branches) for key in first}
+    several = 3 if branches else 1  # rows of one request
+    if isinstance(first, torch.Tensor) and first.ndim:
+        if any(value.shape != first.shape for value in values):
+            raise SeparateRequests
+        if len(first) <= several:
+            return torch.cat([row for rows in zip(*(value.split(1) for value in values)) for row in rows])
+    if isinstance(first, (list, tuple)) and all(len(value) == len(first) for value in values):
+        held = any(isinstance(entry, torch.Tensor) and entry.shape[:1] == (1,) for entry in first)
+        if isinstance(first, list) and len(first) <= several and not held:  # an entry for each prompt
+            return [entry for entries in zip(*values) for entry in entries]
+        return type(first)(join_rows(entries, branches) for entries in zip(*values))
+    return agreed(values)
+
+
 def get_prx_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `PRXPipeline`; it runs in the engine process, where no model is loaded."""
     processor = PixArtImageProcessor()
@@ -313,6 +360,28 @@ class PRXPipeline(
         "prompt_attention_mask",
         "negative_prompt_attention_mask",
     )
+    _request_arguments: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "negative_prompt",
+        "generator",
+        "latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "prompt_attention_mask",
+        "negative_prompt_attention_mask",
+    )
+    # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
+    # requests of one loop agree.
+    _rows: ClassVar[tuple[str, ...]] = (
+        "latents",
+        "ca_embed",
+        "ca_mask",
+    )
+    _branch_rows: ClassVar[tuple[str, ...]] = (
+        "ca_embed",
+        "ca_mask",
+    )
+    _agreed: ClassVar[tuple[str, ...]] = ("timesteps",)
 
     def __init__(self, *, od_config: OmniDiffusionConfig, prefix: str = ""):
         super().__init__()
@@ -855,9 +924,8 @@ class PRXPipeline(
                 image = self.image_processor.resize_and_crop_tensor(image, orig_width, orig_height)
         return image
 
-    def generate(self, arguments: dict[str, Any]) -> DiffusionOutput:
-        """One call of the pipeline."""
-        inputs, decode_inputs = self.prepare_generation(**arguments)
+    def generate(self, inputs: dict[str, Any], decode_inputs: dict[str, Any]) -> DiffusionOutput:
+        """Denoise what was prepared, and decode it."""
         return self.finish(latents=self.diffuse(**inputs), **decode_inputs)
 
     def finish(self, **inputs: Any) -> DiffusionOutput:
@@ -869,36 +937,55 @@ class PRXPipeline(
 
     def forward(self, req: DiffusionRequestBatch) -> list[DiffusionOutput]:
         requests = [self.request_arguments(p, s) for p, s in zip(req.prompts, req.sampling_params_list, strict=True)]
-        merged = self.merge_arguments(requests) if len(requests) > 1 else None
-        if merged is not None:
-            return split_diffusion_output_by_request(self.generate(merged), req, num_outputs_per_prompt=1)
-        return [self.generate(arguments) for arguments in requests]
+        if len(requests) > 1 and self.share_settings(requests):
+            return self.generate_together(requests)
+        return [self.generate(*self.prepare_generation(**arguments)) for arguments in requests]
 
-    def merge_arguments(self, requests: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """Arguments of one call for all requests; None if only calls one by one give every request its own result."""
+    def share_settings(self, requests: list[dict[str, Any]]) -> bool:
+        """Whether requests differ in nothing but what each of them brings, which is one row."""
         first = requests[0]
-        if first["num_images_per_prompt"] != 1 or any(arguments.keys() != first.keys() for arguments in requests):
+        for arguments in requests:
+            if arguments["num_images_per_prompt"] != 1 or arguments.keys() != first.keys():
+                return False
+            for name, value in arguments.items():
+                if name in self._text_arguments and isinstance(value, list):
+                    return False
+                if name in self._tensor_arguments and isinstance(value, torch.Tensor) and len(value) != 1:
+                    return False
+                if name not in self._request_arguments and not same_value(value, first[name]):
+                    return False
+        return True
+
+    def generate_together(self, requests: list[dict[str, Any]]) -> list[DiffusionOutput]:
+        """Encode and decode each request alone, and denoise all at once where their inputs have equal shapes."""
+        prepared = []
+        for arguments in requests:
+            prepared.append((*self.prepare_generation(**arguments), copy.deepcopy(self.scheduler)))
+        joined = self.join_inputs([inputs for inputs, _, _ in prepared])
+        outputs = []
+        if joined is None:
+            for inputs, decode_inputs, scheduler in prepared:
+                self.scheduler = scheduler
+                outputs.append(self.generate(inputs, decode_inputs))
+            return outputs
+        latents = self.diffuse(**joined)
+        for index, (_, decode_inputs, _) in enumerate(prepared):
+            outputs.append(self.finish(latents=latents[index : index + 1], **decode_inputs))
+        return outputs
+
+    def join_inputs(self, requests: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+        """Inputs of one loop for all requests; None where they have to stay apart."""
+        joined = dict(requests[0])
+        try:
+            for name in joined:
+                values = [inputs[name] for inputs in requests]
+                if name in self._rows:
+                    joined[name] = join_rows(values, branches=name in self._branch_rows)
+                elif name in self._agreed:
+                    joined[name] = agreed(values)
+        except SeparateRequests:
             return None
-        merged: dict[str, Any] = {}
-        for name, value in first.items():
-            values = [arguments[name] for arguments in requests]
-            if all(v is None for v in values):
-                merged[name] = None
-            elif name in self._text_arguments and all(isinstance(v, str) for v in values):
-                merged[name] = values
-            elif name == "generator" and all(isinstance(v, torch.Generator) for v in values):
-                merged[name] = values
-            elif name in self._tensor_arguments and all(
-                isinstance(v, torch.Tensor) and v.shape == value.shape and v.shape[0] == 1 for v in values
-            ):
-                merged[name] = torch.cat(values)
-            elif name not in ("generator", *self._text_arguments, *self._tensor_arguments) and all(
-                not isinstance(v, torch.Tensor) and np.array_equal(v, value) for v in values
-            ):
-                merged[name] = value
-            else:
-                return None
-        return merged
+        return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
         """Step execution: encode one request and give it a scheduler of its own."""

@@ -16,6 +16,7 @@ from .pipeline_qwen_image_edit_inpaint import (
 from .pipeline_qwen_image_edit_plus import QwenImageEditPlusPipeline, get_qwen_image_edit_plus_post_process_func
 from .pipeline_qwen_image_img2_img import QwenImageImg2ImgPipeline, get_qwen_image_img2_img_post_process_func
 from .pipeline_qwen_image_inpaint import QwenImageInpaintPipeline, get_qwen_image_inpaint_post_process_func
+from .pipeline_qwen_image_layered import QwenImageLayeredPipeline, get_qwen_image_layered_post_process_func
 from .qwen_image_transformer import QwenImageTransformer2DModel
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "QwenImageEditPlusPipeline",
     "QwenImageImg2ImgPipeline",
     "QwenImageInpaintPipeline",
+    "QwenImageLayeredPipeline",
     "QwenImagePipeline",
     "QwenImageTransformer2DModel",
     "get_qwen_image_control_net_inpaint_post_process_func",
@@ -35,5 +37,6 @@ __all__ = [
     "get_qwen_image_edit_post_process_func",
     "get_qwen_image_img2_img_post_process_func",
     "get_qwen_image_inpaint_post_process_func",
+    "get_qwen_image_layered_post_process_func",
     "get_qwen_image_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set 2343f5376766.
+# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set d33488bde2aa.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.backends.cudnn_attn import CuDNNAttentionBackend
 from vllm_omni.diffusion.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
+from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -39,93 +40,10 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+from vllm_omni.diffusion.layers.fused_qk_norm_rope import fused_qk_norm_rope, fused_qk_norm_rope_min_tokens
 from vllm_omni.platforms import current_omni_platform
 
 logger = init_logger(__name__)  # pylint: disable=invalid-name
-
-
-def apply_rotary_emb_qwen(
-    x: torch.Tensor,
-    freqs_cis: torch.Tensor | tuple[torch.Tensor],
-    use_real: bool = True,
-    use_real_unbind_dim: int = -1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Apply rotary embeddings to input tensors using the given frequency tensor. This function applies rotary embeddings
-    to the given query or key 'x' tensors using the provided frequency tensor 'freqs_cis'. The input tensors are
-    reshaped as complex numbers, and the frequency tensor is reshaped for broadcasting compatibility. The resulting
-    tensors contain rotary embeddings and are returned as real tensors.
-
-    Args:
-        x (`torch.Tensor`):
-            Query or key tensor to apply rotary embeddings. [B, S, H, D] xk (torch.Tensor): Key tensor to apply
-        freqs_cis (`tuple[torch.Tensor]`): Precomputed frequency tensor for complex exponentials. ([S, D], [S, D],)
-
-    Returns:
-        tuple[torch.Tensor, torch.Tensor]: tuple of modified query tensor and key tensor with rotary embeddings.
-    """
-    if use_real:
-        cos, sin = freqs_cis  # [S, D]
-        cos = cos[None, None]
-        sin = sin[None, None]
-        cos, sin = cos.to(x.device), sin.to(x.device)
-
-        if use_real_unbind_dim == -1:
-            # Used for flux, cogvideox, hunyuan-dit
-            x_real, x_imag = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # [B, S, H, D//2]
-            x_rotated = torch.stack([-x_imag, x_real], dim=-1).flatten(3)
-        elif use_real_unbind_dim == -2:
-            # Used for Stable Audio, OmniGen, CogView4 and Cosmos
-            x_real, x_imag = x.reshape(*x.shape[:-1], 2, -1).unbind(-2)  # [B, S, H, D//2]
-            x_rotated = torch.cat([-x_imag, x_real], dim=-1)
-        else:
-            raise ValueError(f"`use_real_unbind_dim={use_real_unbind_dim}` but should be -1 or -2.")
-
-        out = (x.float() * cos + x_rotated.float() * sin).to(x.dtype)
-
-        return out
-    else:
-        x_rotated = x.float().reshape(*x.shape[:-1], -1, 2)
-        freqs_cis = freqs_cis.unsqueeze(1)
-        real, imag = x_rotated.unbind(-1)
-        table_cos, table_sin = torch.view_as_real(freqs_cis).unbind(-1)
-        x_out = torch.stack((real * table_cos - imag * table_sin, real * table_sin + imag * table_cos), dim=-1).flatten(
-            3
-        )
-
-        return x_out.type_as(x)
-
-
-def apply_rotary_emb_qwen_neuron(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    """
-    Apply rotary embeddings to `x` using real-valued cos/sin, for backends without a complex dtype.
-
-    Numerically equivalent to `apply_rotary_emb_qwen(..., use_real=False)`, which multiplies `x` by a complex
-    exponential. Neuron has no complex tensor support, so the rotation angles are carried as reals and cos/sin are
-    taken here instead.
-
-    Args:
-        x (`torch.Tensor`): Query or key tensor to rotate, shape `[B, S, H, D]`.
-        freqs (`torch.Tensor`): Rotation angles, shape `[S, D // 2]`.
-
-    Returns:
-        `torch.Tensor`: `x` with rotary embeddings applied.
-    """
-    # Adjacent feature pairs (2k, 2k+1) share angle k, so each angle is repeated twice along the last dim; unsqueeze
-    # the head axis so the freqs broadcast over heads (this is what keeps it tensor-parallel-agnostic).
-    cos = torch.cos(freqs).repeat_interleave(2, dim=-1).unsqueeze(1)  # [S, 1, D]
-    sin = torch.sin(freqs).repeat_interleave(2, dim=-1).unsqueeze(1)  # [S, 1, D]
-    x_real, x_imag = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)  # [B, S, H, D//2]
-    x_rotated = torch.stack([-x_imag, x_real], dim=-1).flatten(3)  # [B, S, H, D]
-    return (x.float() * cos + x_rotated.float() * sin).to(x.dtype)
-
-
-# RoPE application is backend-dependent: the default path multiplies by a complex exponential, which Neuron cannot
-# represent. Callers select by `device.type` and fall back to the default for any backend not listed here.
-ROPE_PER_DEVICE = {
-    "cuda": functools.partial(apply_rotary_emb_qwen, use_real=False),
-    "neuron": apply_rotary_emb_qwen_neuron,
-}
 
 
 def compute_text_seq_len_from_mask(
@@ -180,10 +98,71 @@ class MaskedFlashAttention(FlashAttentionImpl):
         if mask is None:
             return super().forward(query, key, value, attn_metadata)
         if mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1:
-            mask = mask[:, 0, 0].expand(key.shape[0], -1)
+            mask = mask[:, 0, 0]
         if mask.dtype == torch.bool and mask.ndim == 2:
+            mask = mask.expand(key.shape[0], -1)
             return super().forward(query, key, value, replace(attn_metadata, attn_mask=mask))
         return self.dense.forward(query, key, value, attn_metadata)
+
+    def forward_cuda(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: AttentionMetadata | None = None,
+    ) -> torch.Tensor:
+        """The valid keys of all samples come first, padding behind them. To take padding out, the host would have to wait
+        for the number of keys in every layer."""
+        from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
+
+        mask = attn_metadata.attn_mask if attn_metadata is not None else None
+        if mask is None or flash_attn_varlen_func is None:
+            return super().forward_cuda(query, key, value, attn_metadata)
+        self._warn_fa_deterministic_non_dense("masked-varlen")
+        batch_size, query_length = query.shape[:2]
+        index = torch.arange(mask.numel(), device=mask.device)
+        count = mask.flatten().cumsum(0)  # of the valid keys up to each
+        place = torch.where(mask.flatten(), count - 1, count[-1] + index - count)
+        order = torch.empty_like(index).scatter(0, place, index)
+        starts = torch.arange(batch_size + 1, dtype=torch.int32, device=mask.device)
+        out = flash_attn_varlen_func(
+            query.flatten(0, 1),
+            key.flatten(0, 1)[order],
+            value.flatten(0, 1)[order],
+            cu_seqlens_q=starts * query_length,
+            cu_seqlens_k=F.pad(count.view(batch_size, -1)[:, -1].int(), (1, 0)),
+            max_seqlen_q=query_length,
+            max_seqlen_k=key.shape[1],
+            causal=self.causal,
+            softmax_scale=self.softmax_scale,
+        )
+        return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
+
+
+def mask_if_padded(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask, or None where it masks nothing: asked once for all layers. One that is added to scores stays."""
+    return None if mask is not None and not mask.is_floating_point() and mask.all() else mask
+
+
+def norm_and_rotate(
+    query: torch.Tensor, key: torch.Tensor, norm_q: nn.Module, norm_k: nn.Module, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Root-mean-square norm of every head of [B, S, heads, head_dim], then the rotary embedding of adjacent pairs by
+    cosines and sines of [S, head_dim / 2] or [B, S, head_dim / 2]; for many tokens in one kernel."""
+    batch, tokens = query.shape[:2]
+    if batch * tokens >= fused_qk_norm_rope_min_tokens(2048):
+        table = torch.cat((cos, sin), dim=-1).float().expand(batch, -1, -1).flatten(0, 1)
+        query, key = fused_qk_norm_rope(
+            query.flatten(0, 1), key.flatten(0, 1), norm_q.weight, norm_k.weight, table, norm_q.eps, interleaved=True
+        )
+        return query.unflatten(0, (batch, tokens)), key.unflatten(0, (batch, tokens))
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        real, imag = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return torch.stack((real * c - imag * s, real * s + imag * c), dim=-1).flatten(3).type_as(x)
+
+    return rotate(norm_q(query)), rotate(norm_k(key))
 
 
 @functools.lru_cache(maxsize=32)
@@ -268,11 +247,6 @@ class QwenEmbedRope(nn.Module):
     @functools.lru_cache(maxsize=None)
     def _get_device_freqs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return pos_freqs and neg_freqs on the given device."""
-        if device.type == "neuron":
-            # Neuron has no complex dtype, so send the rotation angles instead and let
-            # `apply_rotary_emb_qwen_neuron` take cos/sin on device. `torch.angle` runs on CPU while the freqs are
-            # still complex; wrapping into (-pi, pi] is harmless because only cos/sin of the angle are used.
-            return torch.angle(self.pos_freqs).to(device), torch.angle(self.neg_freqs).to(device)
         return self.pos_freqs.to(device), self.neg_freqs.to(device)
 
     def forward(
@@ -392,11 +366,6 @@ class QwenEmbedLayer3DRope(nn.Module):
     @functools.lru_cache(maxsize=None)
     def _get_device_freqs(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return pos_freqs and neg_freqs on the given device."""
-        if device.type == "neuron":
-            # Neuron has no complex dtype, so send the rotation angles instead and let
-            # `apply_rotary_emb_qwen_neuron` take cos/sin on device. `torch.angle` runs on CPU while the freqs are
-            # still complex; wrapping into (-pi, pi] is harmless because only cos/sin of the angle are used.
-            return torch.angle(self.pos_freqs).to(device), torch.angle(self.neg_freqs).to(device)
         return self.pos_freqs.to(device), self.neg_freqs.to(device)
 
     def forward(
@@ -629,19 +598,14 @@ class QwenImageAttention(nn.Module):
         txt_key = txt_key.unflatten(-1, (-1, head_dim))
         txt_value = txt_value.unflatten(-1, (-1, head_dim))
 
-        # Apply QK normalization
-        img_query = self.norm_q(img_query)
-        img_key = self.norm_k(img_key)
-        txt_query = self.norm_added_q(txt_query)
-        txt_key = self.norm_added_k(txt_key)
-
         # Apply RoPE
         img_freqs, txt_freqs = image_rotary_emb
-        apply_rope = ROPE_PER_DEVICE.get(img_query.device.type, ROPE_PER_DEVICE["cuda"])
-        img_query = apply_rope(img_query, img_freqs)
-        img_key = apply_rope(img_key, img_freqs)
-        txt_query = apply_rope(txt_query, txt_freqs)
-        txt_key = apply_rope(txt_key, txt_freqs)
+        img_query, img_key = norm_and_rotate(
+            img_query, img_key, self.norm_q, self.norm_k, img_freqs.real, img_freqs.imag
+        )
+        txt_query, txt_key = norm_and_rotate(
+            txt_query, txt_key, self.norm_added_q, self.norm_added_k, txt_freqs.real, txt_freqs.imag
+        )
 
         # Concatenate for joint attention
         # Order: [text, image]
@@ -1112,6 +1076,7 @@ class QwenImageTransformer2DModel(nn.Module):
         )
 
         image_rotary_emb = self.pos_embed(img_shapes, max_txt_seq_len=text_seq_len, device=hidden_states.device)
+        encoder_hidden_states_mask = mask_if_padded(encoder_hidden_states_mask)
         image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
         if modulate_index is not None:
             modulate_index = self.shard_modulate_index(modulate_index)

@@ -10,6 +10,7 @@ from .pipeline_z_image_control_net_inpaint import (
 )
 from .pipeline_z_image_img2_img import ZImageImg2ImgPipeline, get_z_image_img2_img_post_process_func
 from .pipeline_z_image_inpaint import ZImageInpaintPipeline, get_z_image_inpaint_post_process_func
+from .pipeline_z_image_omni import ZImageOmniPipeline, get_z_image_omni_post_process_func
 from .z_image_transformer import ZImageTransformer2DModel
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "ZImageControlNetPipeline",
     "ZImageImg2ImgPipeline",
     "ZImageInpaintPipeline",
+    "ZImageOmniPipeline",
     "ZImagePipeline",
     "ZImageTransformer2DModel",
     "get_z_image_control_net_inpaint_post_process_func",
     "get_z_image_control_net_post_process_func",
     "get_z_image_img2_img_post_process_func",
     "get_z_image_inpaint_post_process_func",
+    "get_z_image_omni_post_process_func",
     "get_z_image_post_process_func",
 ]

@@ -187,10 +187,10 @@ def judge(case: RequestCase, want: Mapping[str, Any], got: Mapping[str, Any]) ->
             problems.append("the port returned no tensor")
         elif target is not None:
             error = difference(got["output"], target)
-            figures["output_rel_l2"] = error["rel_l2"]
             if case.prompts > 1 and error["rel_l2"] > BOUND and rounded(got["output"], target):
-                figures["rounded_to_8_bits"] = True
+                figures["rounded_rel_l2"] = error["rel_l2"]
             else:
+                figures["output_rel_l2"] = error["rel_l2"]
                 worst = max(worst, error["rel_l2"])
                 if error["rel_l2"] > BOUND:
                     problems.append(_text("output", error))
