@@ -135,11 +135,15 @@ def wrong_softmax_scale(node: ast.AST) -> ast.AST | None:
 
 
 def skip_rotary(node: ast.AST) -> ast.AST | None:
-    """`query = rope(query, ...)` becomes `query = query`."""
+    """`query = rope(query, ...)` becomes `query = query`, and `rotate(norm_q(query))` becomes `norm_q(query)`."""
+    if isinstance(node, ast.Call) and name_of(node.func) == "rotate" and len(node.args) == 1:
+        return node.args[0]
     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and node.value.args:
         called = name_of(node.value.func).lower()
         target, first = node.targets[0], node.value.args[0]
-        if ("rope" in called or "rotary" in called) and "embed" not in called.rsplit(".", 1)[-1]:
+        if ("rope" in called or "rotary" in called) and not {"embed", "shard"} & set(
+            called.rpartition(".")[2].split("_")
+        ):
             if name_of(target) == name_of(first):
                 node.value = first
                 return node
