@@ -21,7 +21,7 @@ export PIP_ROOT_USER_ACTION := ignore
 
 convert: $(VENV)/.light
 	@$(BIN)/porter convert $(CLASS) --out $(OUT)
-	@$(BIN)/porter status --out $(OUT)
+	@$(BIN)/porter status --ports --out $(OUT)
 
 env: $(VENV)/.full
 
