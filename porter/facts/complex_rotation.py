@@ -22,7 +22,7 @@ def complex_rotations(unit: Unit) -> Iterator[FactSite]:
     """
     for definition in unit.definitions:
         for function in tree.find(definition.node, cst.FunctionDef):
-            for suite in _suites(function):
+            for suite in tree.suites(function):
                 yield from _in_suite(suite, function, definition.name)
 
 
@@ -57,15 +57,3 @@ def _leaves(suite: list[cst.BaseStatement]) -> bool:
 
 def _uses(node: cst.CSTNode, name: cst.BaseExpression) -> int:
     return sum(isinstance(name, cst.Name) and n.value == name.value for n in tree.find(node, cst.Name))
-
-
-def _suites(function: cst.FunctionDef) -> Iterator[list[cst.BaseStatement]]:
-    """Statement lists of a function, those of functions inside it left out."""
-    pending: list[cst.CSTNode] = [function.body]
-    while pending:
-        node = pending.pop()
-        if type(node) is cst.FunctionDef:
-            continue
-        if type(node) is cst.IndentedBlock:
-            yield list(node.body)
-        pending += [child for child in tree.children(node) if tree.may_hold_statements[type(child)]]

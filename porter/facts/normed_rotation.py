@@ -9,7 +9,7 @@ import libcst as cst
 
 from porter.engine.registry import FactSite, fact
 from porter.facts.module_tree import ClassModules, ModuleSite, module_tree
-from porter.facts.rotation import Turn, assigned, pair_rotation, suites
+from porter.facts.rotation import Turn, angles_come_twice, assigned, pair_rotation
 from porter.model import Unit
 from porter.source import tree
 from porter.source.names import absolute
@@ -37,13 +37,18 @@ def normed_rotations(unit: Unit) -> Iterator[FactSite]:
     site and `place` the statement at which all values exist and nothing has read them.
     """
     modules = module_tree(unit)
+    twice: bool | None = None
     for name, held in modules.items():
         assert isinstance(held.definition.node, cst.ClassDef)
         for function in held.definition.node.body.body:
-            for suite in suites(function) if isinstance(function, cst.FunctionDef) else ():
+            for suite in tree.suites(function) if isinstance(function, cst.FunctionDef) else ():
                 for position in range(len(suite) - 1):
                     found = _at(suite, position, unit, held, modules)
-                    if found is not None:
+                    if found is None:
+                        continue
+                    if twice is None and found["turn"].real:  # type: ignore[attr-defined]
+                        twice = angles_come_twice(unit)  # of the whole model, so asked once
+                    if twice or not found["turn"].real:  # type: ignore[attr-defined]
                         yield FactSite(found["place"], name, found)  # type: ignore[arg-type]
 
 

@@ -45,16 +45,19 @@ class Turn:
 
 
 def pair_rotation(call: cst.CSTNode, unit: Unit) -> Turn | None:
-    """The rotation a call computes, if it turns pairs of neighbours of tokens along dimension 1; None if it is not known to."""
+    """The rotation a call computes, if it turns pairs of neighbours of tokens along dimension 1; None if it is not known to.
+
+    Of real tables that holds where the angles come twice: `angles_come_twice` says so, of a whole model.
+    """
     if not isinstance(call, cst.Call) or not isinstance(call.func, cst.Name):
         return None
     if call.func.value == absolute(SHARED):
-        return _shared(call, unit)
+        return _shared(call)
     found = _function(call.func.value, unit)
     return _local(call, found) if found is not None else None
 
 
-def _shared(call: cst.Call, unit: Unit) -> Turn | None:
+def _shared(call: cst.Call) -> Turn | None:
     """The library's function: a pair of real tables of [S, D], each angle twice, or complex ones of [B, S, D/2]."""
     given = tree.arguments(call, _SHARED_PARAMETERS)
     if given is None or not {"x", "freqs_cis"} <= given.keys():
@@ -63,7 +66,7 @@ def _shared(call: cst.Call, unit: Unit) -> Turn | None:
     if text.get("use_real", "True") == "False":
         return Turn(given["x"], given["freqs_cis"], real=False)
     by_pairs = text.get("use_real_unbind_dim", "-1") == "-1" and text.get("sequence_dim", "2") == "1"
-    if text.get("use_real", "True") != "True" or not by_pairs or not angles_come_twice(unit):
+    if text.get("use_real", "True") != "True" or not by_pairs:
         return None
     return Turn(given["x"], given["freqs_cis"], real=True)
 
@@ -189,15 +192,3 @@ def _function(name: str, unit: Unit) -> cst.FunctionDef | None:
         definition = library.definition(origin)
     node = definition.node if isinstance(definition, Definition) else None
     return node if isinstance(node, cst.FunctionDef) else None
-
-
-def suites(function: cst.FunctionDef) -> Iterator[list[cst.BaseStatement]]:
-    """Statement lists of a function, those of functions inside it left out."""
-    pending: list[cst.CSTNode] = [function.body]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, cst.FunctionDef):
-            continue
-        if isinstance(node, cst.IndentedBlock):
-            yield list(node.body)
-        pending += tree.children(node)

@@ -16,6 +16,7 @@ from porter.source.walking import children as children
 from porter.source.walking import code_fields as code_fields
 from porter.source.walking import find as find
 from porter.source.walking import may_hold_statements as may_hold_statements
+from porter.source.walking import suites as suites
 from porter.source.walking import walk as walk
 
 Node = TypeVar("Node", bound=cst.CSTNode)

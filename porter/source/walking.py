@@ -143,3 +143,15 @@ def find(node: cst.CSTNode, *kinds: type[Node], where: Callable[[Node], bool] | 
     for each in _descend(node, enters):
         if wanted[type(each)] and (where is None or where(each)):
             yield each
+
+
+def suites(function: cst.FunctionDef) -> Iterator[list[cst.BaseStatement]]:
+    """Statement lists of a function, those of functions inside it left out."""
+    pending: list[cst.CSTNode] = [function.body]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, cst.FunctionDef):
+            continue
+        if isinstance(node, cst.IndentedBlock):
+            yield list(node.body)
+        pending += children(node)
