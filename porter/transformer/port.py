@@ -13,6 +13,7 @@ from porter.engine.index import IndexCache
 from porter.engine.run import unshared
 from porter.engine.schema import Phase
 from porter.facts.module_tree import module_tree
+from porter.facts.persistent_buffers import persistent_buffers
 from porter.facts.projections import Merge
 from porter.facts.sequence.plan import sequence_plan
 from porter.facts.tensor_parallel import TensorParallel, tensor_parallel
@@ -60,7 +61,7 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     unit, whole = _shard(run, unit, library, policy)
     unit = run.rules(replace(unit, facts={"library": library}), "optimise")
     extra = _templates(unit)
-    unit = _surface(unit, policy, list(merges), model)
+    unit = _surface(unit, policy, list(merges), persistent_buffers(unit, library))
     unit = run.rules(unit, "tidy")
     home = model.root.qualified.rpartition(".")[0]
     # Helpers may name a class of the model (a static method, an isinstance test): it is the port's own.
@@ -144,8 +145,8 @@ def _templates(unit: Unit) -> tuple[Definition, ...]:
     )
 
 
-def _surface(unit: Unit, policy: Policy, merges: list[Merge], model: Model) -> Unit:
-    """Signature, class attributes and loader of the root class."""
+def _surface(unit: Unit, policy: Policy, merges: list[Merge], buffers: tuple[str, ...]) -> Unit:
+    """Signature, class attributes and loader of the root class; `buffers` are those of a checkpoint."""
     modules = module_tree(unit)
     unit = surface.root_surface(unit, modules, set(policy.refused))
     root = unit.get(unit.root)
@@ -155,11 +156,11 @@ def _surface(unit: Unit, policy: Policy, merges: list[Merge], model: Model) -> U
     members = [_unmarked(d.node) for d in loader]
     properties = absolutise_text(render("transformer/properties.py.jinja"), module=TEMPLATE_MODULE)
     members += [_unmarked(d.node) for d in properties]
-    node = root.node
-    if any(
-        isinstance(i, cst.SimpleStatementLine) and "_keep_in_fp32_modules =" in tree.code(i) for i in node.body.body
-    ):
-        node = _keeping_fp32(node)
+    kept = any(
+        isinstance(i, cst.SimpleStatementLine) and "_keep_in_fp32_modules =" in tree.code(i)
+        for i in root.node.body.body
+    )
+    node = _loaded_dtypes(root.node, kept, bool(buffers)) if kept or buffers else root.node
     body = list(node.body.body)
     docstring = body[: len(body) - len(tree.strip_docstring(body))]
     rest = [i for i in body[len(docstring) :] if not surface.replaced_attribute(i)]
@@ -167,11 +168,12 @@ def _surface(unit: Unit, policy: Policy, merges: list[Merge], model: Model) -> U
     return unit.replace(root.with_node(node.with_changes(body=node.body.with_changes(body=new))))
 
 
-def _keeping_fp32(node: cst.ClassDef) -> cst.ClassDef:
-    """What Diffusers' loader does with `_keep_in_fp32_modules`, at the end of the constructor."""
+def _loaded_dtypes(node: cst.ClassDef, kept: bool, buffers: bool) -> cst.ClassDef:
+    """What Diffusers' loader does with `_keep_in_fp32_modules` and with buffers, at the end of the constructor."""
     init = tree.method(node, "__init__")
     assert init is not None
-    (function,) = absolutise_text(render("transformer/keep_in_fp32.py.jinja"), module=TEMPLATE_MODULE)
+    text = render("transformer/loaded_dtypes.py.jinja", kept=kept, buffers=buffers)
+    (function,) = absolutise_text(text, module=TEMPLATE_MODULE)
     assert isinstance(function.node, cst.FunctionDef)
     new = tree.with_body(init, [*tree.body(init), *tree.body(function.node)])
     return tree.replace_nodes(node, [(init, new)])

@@ -102,7 +102,7 @@ def job_module(job):
 def job_bf16(job):
     """A denoiser in float32 and in bfloat16, the latter as `from_pretrained` loads it, with the same weights and inputs.
 
-    `inputs` holds one set for each of `seeds`; writes [{weights, output, half, records, half_records}] to `out`.
+    `inputs` holds one set for each of `seeds`; writes [{weights, buffers, output, half, records, half_records}] to `out`.
     """
     import tempfile
 
@@ -122,6 +122,8 @@ def job_bf16(job):
                 parameter.copy_(parameter.bfloat16())
         half.load_state_dict(full.state_dict())
         run = {"weights": {n: v.clone() for n, v in full.state_dict().items()}, "records": [], "half_records": []}
+        stored = half.state_dict()
+        run["buffers"] = {n: str(b.dtype) for n, b in half.named_buffers() if n in stored}
         for name, model, values in (("output", full, widened(inputs)), ("half", half, inputs)):
             records = run["records" if model is full else "half_records"]
             handles = probe(model, records) if job.get("probe") else []

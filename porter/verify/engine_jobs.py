@@ -79,19 +79,23 @@ def block_elements(model: torch.nn.Module) -> dict[str, int]:
 
 
 def job_bf16(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The denoiser in bfloat16 for each run of the reference; writes [{output, records}] to `out`."""
+    """The denoiser in bfloat16 for each run of the reference; writes [{output, records}] to `out`. The answer names the
+    buffers of a checkpoint that have another dtype than Diffusers'."""
     runs = []
+    buffers: dict[str, str] = {}
     references = torch.load(job["reference"], weights_only=True)
     for reference, inputs in zip(references, torch.load(job["inputs"], weights_only=True), strict=True):
         records: list[dict[str, Any]] = []
         with _session({**job, "dtype": "bfloat16"}) as s:
             model = s.build(_class(job), job["config"])
             s.load(model, reference["weights"])
+            dtypes = {n: str(b.dtype) for n, b in model.named_buffers()}
+            buffers |= {n: dtypes[n] for n, d in reference["buffers"].items() if dtypes.get(n, d) != d}
             if job.get("probe"):
                 probes.attach(model, module_file(job["generated"], job["folder"], job["module"]).parent, records)
             runs.append({"output": s.call(model, inputs), "records": records})
     torch.save(runs, job["out"])
-    return {}
+    return {"buffers": buffers}
 
 
 def _apply_sequence_parallel(s: engine_session.Session, model: torch.nn.Module) -> None:

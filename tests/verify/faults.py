@@ -180,6 +180,13 @@ def table_in_default_dtype(node: ast.AST) -> ast.AST | None:
     return None
 
 
+def buffer_as_computed(node: ast.AST) -> ast.AST | None:
+    """A buffer of the checkpoint keeps the dtype in which the constructor computed it."""
+    if isinstance(node, ast.Call) and name_of(node.func).endswith("buffer.data.to"):
+        return ast.parse("buffer.data", mode="eval").body
+    return None
+
+
 # ------------------------------------------------------------------------------------------------ blocks
 def drop_residual(tree: ast.Module) -> int:
     """The first `x = x + ...` of the first block class loses its x."""
@@ -445,6 +452,8 @@ FAULTS = (
     Fault("a weight silently skipped", "weights", ("no-mask",), "transformer", skip_a_weight),
     Fault("an unknown name ignored", "weights", ("no-mask",), "transformer", ignore_unknown),
     Fault("rotary table in the default dtype", "bf16", ("no-mask",), "transformer", rewrite(table_in_default_dtype)),
+    Fault("buffer in another dtype", "bf16", ("plain",), "transformer", rewrite(buffer_as_computed),
+          subject="StableDiffusion3Pipeline"),
     Fault("bias added on every rank", "tp", ("no-mask",), "transformer", bias_on_every_rank),
     Fault("partial sums lost", "tp", ("no-mask",), "transformer", not_reduced),
     Fault("rotary table unsharded", "sp", ("no-mask",), "transformer", rewrite(unsharded_rotary)),

@@ -88,6 +88,8 @@ def _case(bench: Bench, generated: Path | str, denoiser: Denoiser, case: ModuleC
             errors += _runs(bench, generated, denoiser, case, list(seeds))
         except _Baseline as error:
             return CaseResult(case.name, "skipped", f"Diffusers itself raises {error}", seconds=clock()), []
+        except _Buffers as error:
+            return CaseResult(case.name, "failed", f"unlike Diffusers' buffer, {error}", seconds=clock()), []
         except JobError as error:
             where = raised_at(error.trace, Path(generated) / denoiser.folder)
             return CaseResult(case.name, "failed", f"the port raises {error}"[:600], seconds=clock(), where=where), []
@@ -118,6 +120,10 @@ class _Baseline(Exception):
     """Diffusers can't run the case in bfloat16."""
 
 
+class _Buffers(Exception):
+    """Buffers of a checkpoint have another dtype in the port, and which."""
+
+
 def _runs(
     bench: Bench, generated: Path | str, denoiser: Denoiser, case: ModuleCase, seeds: list[int], *, probe: bool = False
 ) -> list[Any]:
@@ -126,7 +132,9 @@ def _runs(
 
     files = _reference(bench, case, seeds, probe)
     out = bench.path("bf16-port")
-    bench.engine(engine_job(generated, denoiser, case) | files | {"job": "bf16", "out": out, "probe": probe})
+    job = engine_job(generated, denoiser, case) | files | {"job": "bf16", "out": out, "probe": probe}
+    if other := bench.engine(job)["buffers"]:
+        raise _Buffers(", ".join(f"{name} is {dtype}" for name, dtype in other.items()))
     port, reference = torch.load(out, weights_only=True), torch.load(files["reference"], weights_only=True)
     if probe:
         return [(port[0]["records"], reference[0]["half_records"], reference[0]["records"])]
