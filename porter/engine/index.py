@@ -55,7 +55,9 @@ def _scan(root: cst.CSTNode, stop: frozenset[int] = frozenset()) -> _Fragment:
             result.attributes.setdefault(node.attr.value, []).append(node)
         if id(node) in stop:
             continue
-        for child in reversed(children(node)):
+        below = children(node)
+        below.reverse()
+        for child in below:
             if id(child) in parents:
                 result.repeated = True
             parents[id(child)] = node

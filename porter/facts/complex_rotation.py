@@ -21,6 +21,8 @@ def complex_rotations(unit: Unit) -> Iterator[FactSite]:
     The site is the call of view_as_real; `complex` the call of view_as_complex, `pairs` its argument, of shape [..., D/2, 2].
     """
     for definition in unit.definitions:
+        if not any(tree.call_name(c) == AS_REAL for c in tree.find(definition.node, cst.Call)):
+            continue
         for function in tree.find(definition.node, cst.FunctionDef):
             for suite in tree.suites(function):
                 yield from _in_suite(suite, function, definition.name)

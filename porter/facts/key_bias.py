@@ -104,7 +104,7 @@ def _goes_to(
     if inside is not None:
         if handed or not _stays_inside(inside, forward, name):
             return False
-        allowed |= metadata_names(forward, name)
+        allowed |= metadata_names(forward).get(name, set())
     for stmt in (made, inside):
         if stmt is not None:
             allowed |= {id(n) for n in tree.find(stmt, cst.Name)}

@@ -12,6 +12,7 @@ from porter.source import tree
 from porter.source.names import absolute
 
 METADATA = absolute("vllm_omni.diffusion.attention.backends.abstract.AttentionMetadata")
+_GIVEN = " is not None"
 _BOOL = (absolute("torch.bool"), "bool")
 
 
@@ -119,12 +120,14 @@ def variables(node: cst.CSTNode) -> Iterator[cst.Name]:
             stack += tree.children(each)
 
 
-def metadata_names(forward: cst.FunctionDef, name: str) -> set[int]:
-    """Names in `AttentionMetadata(attn_mask=mask) if mask is not None else None`."""
-    found: set[int] = set()
+def metadata_names(forward: cst.FunctionDef) -> dict[str, set[int]]:
+    """By variable: names in `AttentionMetadata(attn_mask=mask) if mask is not None else None`."""
+    found: dict[str, set[int]] = {}
     for choice in tree.find(forward.body, cst.IfExp):
-        if tree.code(choice.test) == f"{name} is not None" and tree.code(choice.orelse) == "None":
-            call = choice.body
-            if isinstance(call, cst.Call) and tree.call_name(call) == METADATA and len(call.args) == 1:
-                found |= {id(n) for n in tree.find(choice, cst.Name)}
+        call = choice.body
+        if not isinstance(call, cst.Call) or tree.call_name(call) != METADATA or len(call.args) != 1:
+            continue
+        test = tree.code(choice.test)
+        if test.endswith(_GIVEN) and tree.code(choice.orelse) == "None":
+            found.setdefault(test.removesuffix(_GIVEN), set()).update(id(n) for n in tree.find(choice, cst.Name))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import libcst as cst
 
@@ -108,13 +109,17 @@ def _is_complex_product(statements: list[cst.BaseStatement], x: str, table: str)
     turned, out = assigned(statements[0]), assigned(statements[2])
     if turned is None or out is None:
         return False
-    names = {"turned": turned[0], "out": out[0], "x": x, "table": table}
-    for axis in ("1", "2"):
-        holes = {k: tree.expression(v) for k, v in (names | {"axis": axis}).items()}
-        expected = [tree.statement(line, **holes) for line in _COMPLEX]
-        if all(tree.same(a, b) for a, b in zip(expected, statements, strict=True)):
-            return True
-    return False
+    return any(
+        all(tree.same(a, b) for a, b in zip(_product(turned[0], out[0], x, table, axis), statements, strict=True))
+        for axis in ("1", "2")
+    )
+
+
+@lru_cache(maxsize=64)
+def _product(turned: str, out: str, x: str, table: str, axis: str) -> tuple[cst.BaseStatement, ...]:
+    names = {"turned": turned, "out": out, "x": x, "table": table, "axis": axis}
+    holes = {k: tree.expression(v) for k, v in names.items()}
+    return tuple(tree.statement(line, **holes) for line in _COMPLEX)
 
 
 def assigned(statement: cst.CSTNode) -> tuple[str, cst.BaseExpression] | None:

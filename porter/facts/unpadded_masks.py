@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import libcst as cst
+from msgspec import Struct
 
 from porter.engine.registry import FactSite, fact
 from porter.facts.key_bias import Variable
@@ -70,21 +71,42 @@ def _settled(root: cst.FunctionDef, name: str) -> bool:
 def _neutral(root: str, forwards: Mapping[str, cst.FunctionDef], calls: Calls) -> set[Variable]:
     """Parameters for which None does what a mask does that is true everywhere; one of them reaches attention at least."""
     found = {(c, p.name.value) for c, f in forwards.items() if c != root for p in tree.own_parameters(f)}
+    read = {c: _Forward.of(f) for c, f in forwards.items() if c != root}
     while True:
-        refuted = {(c, n) for c, n in found if not _Use(forwards[c], c, n, found, calls).neutral()}
+        refuted = {(c, n) for c, n in found if not _Use(read[c], c, n, found, calls).neutral()}
         if not refuted:
             break
         found -= refuted
-    reaching: set[Variable] = {(c, n) for c, n in found if _Use(forwards[c], c, n, found, calls).attends()}
+    reaching: set[Variable] = {(c, n) for c, n in found if _Use(read[c], c, n, found, calls).attends()}
     while more := {(c, n) for c, n in found - reaching if any(t in reaching for _, t in calls.given(c, n))}:
         reaching |= more
     return reaching
 
 
+class _Forward(Struct, frozen=True):
+    """What is asked of a forward for each of its parameters."""
+
+    body: list[cst.BaseStatement]
+    variables: list[cst.Name]
+    assigns: list[cst.Assign]
+    attends: Mapping[str, set[int]]
+    """Names in what attention is given, by the mask that it is given."""
+    allowed: frozenset[int]
+    """Names whose use is of no consequence."""
+
+    @classmethod
+    def of(cls, node: cst.FunctionDef) -> _Forward:
+        first = [c for c in tree.find(node.body, cst.Call) if tree.call_name(c) == VALID_FIRST]
+        return cls(
+            tree.body(node), list(variables(node.body)), list(tree.find(node.body, cst.Assign)), metadata_names(node),
+            frozenset(id(c.args[1].value) for c in first),
+        )  # fmt: skip
+
+
 class _Use:
     """What one forward does with a parameter that may be a mask."""
 
-    def __init__(self, forward: cst.FunctionDef, cls: str, name: str, found: set[Variable], calls: Calls) -> None:
+    def __init__(self, forward: _Forward, cls: str, name: str, found: set[Variable], calls: Calls) -> None:
         self.forward, self.cls, self.name = forward, cls, name
         self.found, self.calls = found, calls
         self.masks = {name}
@@ -92,20 +114,18 @@ class _Use:
 
     def attends(self) -> bool:
         """Whether attention of the class itself takes it."""
-        return self.neutral() and any(metadata_names(self.forward, m) for m in self.masks)
+        return self.neutral() and any(self.forward.attends.get(m) for m in self.masks)
 
     def neutral(self) -> bool:
         """Whether every use is known, and of no consequence where the mask is true everywhere."""
-        for stmt in tree.body(self.forward):
+        for stmt in self.forward.body:
             if not self._statement(stmt):
                 return False
         for mask in self.masks:
-            self.allowed |= metadata_names(self.forward, mask)
+            self.allowed |= self.forward.attends.get(mask, set())
             self.allowed |= {id(value) for value, target in self.calls.given(self.cls, mask) if target in self.found}
-        for call in tree.find(self.forward.body, cst.Call):
-            if tree.call_name(call) == VALID_FIRST:
-                self.allowed.add(id(call.args[1].value))
-        return all(id(n) in self.allowed for n in variables(self.forward.body) if n.value in self.masks)
+        self.allowed |= self.forward.allowed
+        return all(id(n) in self.allowed for n in self.forward.variables if n.value in self.masks)
 
     def _statement(self, stmt: cst.BaseStatement) -> bool:
         """Follow one statement; False if it makes another thing of the mask."""
@@ -140,14 +160,14 @@ class _Use:
         self.masks -= inner
         inside = {id(n) for n in tree.find(stmt, cst.Name)}
         self.allowed |= inside
-        left = [n.value for n in variables(self.forward.body) if id(n) not in inside]
+        left = [n.value for n in self.forward.variables if id(n) not in inside]
         return not stored & self.masks and not (stored | inner) & set(left)
 
     def _made(self, name: str) -> list[cst.Name]:
         """Targets of `name = None`."""
         return [
             t.target
-            for a in tree.find(self.forward.body, cst.Assign)
+            for a in self.forward.assigns
             for t in a.targets
             if isinstance(t.target, cst.Name) and t.target.value == name and tree.code(a.value) == "None"
         ]
@@ -180,11 +200,7 @@ class _Use:
 
     def _ones(self, name: cst.Name) -> bool:
         """A variable that is `torch.ones(...)`, assigned once."""
-        made = [
-            a.value
-            for a in tree.find(self.forward.body, cst.Assign)
-            if any(tree.same(t.target, name) for t in a.targets)
-        ]
+        made = [a.value for a in self.forward.assigns if any(tree.same(t.target, name) for t in a.targets)]
         return len(made) == 1 and tree.call_name(made[0]) == absolute("torch.ones")
 
 

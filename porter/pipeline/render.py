@@ -13,9 +13,8 @@ from typing import Any, cast
 
 import jinja2
 import libcst as cst
-import yaml
 
-from porter.resources import TEMPLATES
+from porter.resources import TEMPLATES, table
 from porter.source.names import absolute, dotted
 from porter.source.tree import find, replace_nodes
 
@@ -32,8 +31,8 @@ def _environment(root: Path) -> jinja2.Environment:
 
 @lru_cache(maxsize=4)
 def _symbols(root: Path) -> tuple[frozenset[str], Mapping[str, str]]:
-    table = yaml.safe_load((root / "pipeline" / "symbols.yaml").read_text(encoding="utf-8"))
-    return frozenset(table["modules"]), table["names"]
+    symbols = table(root / "pipeline" / "symbols.yaml", "modules", "names")
+    return frozenset(symbols["modules"]), symbols["names"]
 
 
 def render_text(template: str, root: Path = TEMPLATES, **values: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import libcst as cst
 from libcst._nodes.internal import CodegenState
 
+from porter.source.lean import fields
 from porter.source.walking import Table, is_code
 from porter.source.walking import children as children
 from porter.source.walking import code_fields as code_fields
@@ -111,19 +112,12 @@ def _equal_field(left: Any, right: Any) -> bool:
     return _plain(left) == _plain(right)
 
 
-def _find_all_fields(kind: Any) -> tuple[str, ...]:
-    return tuple(n for n in kind.__dataclass_fields__ if not n.startswith("__"))
-
-
-_all_fields: Table[type, tuple[str, ...]] = Table(_find_all_fields)
-
-
 def clone(node: Node) -> Node:
     """The same code with an identity of its own. Layout is shared: nothing is ever keyed on it."""
     kind = type(node)
     new = object.__new__(kind)
     code_names = code_fields(kind)
-    for name in _all_fields[kind]:
+    for name in fields(kind):
         value = getattr(node, name)
         if name in code_names:
             held = type(value)
@@ -139,7 +133,7 @@ def changed(node: Node, changes: Mapping[str, object]) -> Node:
     """`node.with_changes` without the checks of the node class: what is printed is parsed again in the end."""
     kind = type(node)
     new = object.__new__(kind)
-    for name in _all_fields[kind]:
+    for name in fields(kind):
         object.__setattr__(new, name, changes[name] if name in changes else getattr(node, name))
     return new
 

@@ -10,6 +10,10 @@ from typing import Any, TypeVar
 
 import libcst as cst
 
+from porter.source import lean
+
+lean.install()
+
 Node = TypeVar("Node", bound=cst.CSTNode)
 
 _SKIPPED_FIELDS = frozenset({"lpar", "rpar", "comma", "lbracket", "rbracket", "leading_lines", "header", "footer",
@@ -33,6 +37,9 @@ _STATEMENTS = (
 )
 _EXPRESSIONS = (cst.BaseExpression, cst.Parameters, cst.Annotation, cst.Decorator, cst.Arg)
 """What no statement lies below."""
+
+_SIMPLE = (cst.SimpleStatementLine, cst.SimpleStatementSuite, cst.BaseSmallStatement)
+"""Statements that no block lies below."""
 
 Key = TypeVar("Key")
 Found = TypeVar("Found")
@@ -145,6 +152,9 @@ def find(node: cst.CSTNode, *kinds: type[Node], where: Callable[[Node], bool] | 
             yield each
 
 
+_holds_suites: Table[type, bool] = Table(lambda kind: may_hold_statements[kind] and not _below(kind, _SIMPLE))
+
+
 def suites(function: cst.FunctionDef) -> Iterator[list[cst.BaseStatement]]:
     """Statement lists of a function, those of functions inside it left out."""
     pending: list[cst.CSTNode] = [function.body]
@@ -154,4 +164,4 @@ def suites(function: cst.FunctionDef) -> Iterator[list[cst.BaseStatement]]:
             continue
         if isinstance(node, cst.IndentedBlock):
             yield list(node.body)
-        pending += children(node)
+        pending += [child for child in children(node) if _holds_suites[type(child)]]

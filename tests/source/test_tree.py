@@ -190,3 +190,20 @@ def test_an_attribute_of_something_else_is_not_an_attribute_of_self():
 
 def test_an_emptied_body_is_still_a_body():
     assert "pass" in tree.code(tree.with_body(function("def f():\n    x = 1\n"), []))
+
+
+def test_a_change_of_a_field_that_a_node_lacks_is_refused():
+    with pytest.raises(TypeError, match="Name has no valeu"):
+        cst.Name("a").with_changes(valeu="b")
+
+
+def test_a_change_leaves_the_node_and_its_other_fields_as_they_were():
+    old = tree.expression("(a)")
+    new = old.with_changes(value="b")
+    assert (tree.code(old), tree.code(new)) == ("(a)", "(b)")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(cst.Name, True), (cst.BaseExpression, True), (cst.Attribute, False)])
+def test_a_node_is_an_instance_of_its_class_and_of_that_class_bases(kind, expected):
+    assert isinstance(cst.Name("a"), kind) is expected
+    assert issubclass(cst.Name, kind) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Sequence
 
 import libcst as cst
@@ -9,7 +10,6 @@ from msgspec import Struct
 
 from porter.facts.pipeline.components import Component
 from porter.facts.pipeline.members import Members
-from porter.model import Unknown
 from porter.source.library import Library
 from porter.source.marks import Mark, mark_of
 from porter.source.tree import body, code, find, parameters, self_attribute
@@ -96,10 +96,7 @@ def _configuration(library: Library, component: Component) -> frozenset[str] | N
     """Configuration values of a component whose only class is one of Diffusers' models; None if they are not known."""
     if component.role not in ("denoiser", "vae") or len(component.classes) != 1:
         return None
-    definition = library.definition(component.classes[0])
-    if isinstance(definition, Unknown) or not isinstance(definition.node, cst.ClassDef):
+    method = library.method_syntax(component.classes[0], "__init__")
+    if not isinstance(method, ast.FunctionDef):
         return None
-    for method in body(definition.node):
-        if isinstance(method, cst.FunctionDef) and method.name.value == "__init__":
-            return frozenset(p.name.value for p in parameters(method))
-    return None
+    return frozenset(a.arg for a in (*method.args.posonlyargs, *method.args.args, *method.args.kwonlyargs))
