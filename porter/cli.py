@@ -216,6 +216,9 @@ def bench(
     json_file: Annotated[Path, typer.Option("--json", help="The record, written after every step.")] = Path(
         "bench.json"
     ),
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Whole requests to pipelines: encode, denoise, decode.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run.")] = "cuda",
     cards: Annotated[int, typer.Option(min=1, max=2, help="2: tensor, sequence and guidance parallel.")] = 1,
     modes: Annotated[str, typer.Option(help="Of two cards, comma-separated.")] = "tp,ulysses,cfg",
@@ -240,7 +243,7 @@ def bench(
         device, out, json_file, names(sides) or tuple(SIDES), names(cases), most_cases, depth, tiny, alone, rounds, steps,
         budget, step_seconds, threads,
     )  # fmt: skip
-    raise typer.Exit(run(classes, options, cards=cards, modes=names(modes)))
+    raise typer.Exit(run(classes, options, cards=cards, modes=names(modes), whole=whole))
 
 
 @app.command()

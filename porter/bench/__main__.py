@@ -13,6 +13,7 @@ from porter.bench.sides import SIDES
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m porter.bench", description=__doc__)
     p.add_argument("names", nargs="+", metavar="CLASS", help="pipelines or denoisers with a port")
+    p.add_argument("--whole", action="store_true", help="whole requests to pipelines: encode, denoise, decode")
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     p.add_argument("--generated", type=Path, default=Path("generated"))
     p.add_argument("--out", type=Path, default=Path("bench.json"), help="the record, written after every step")
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.depth, given.tiny, given.alone, given.rounds, given.steps, given.budget, given.step_seconds,
         given.threads,
     )  # fmt: skip
-    return run(given.names, options, cards=given.cards, modes=names(given.modes))
+    return run(given.names, options, cards=given.cards, modes=names(given.modes), whole=given.whole)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from porter.bench.sides import REFERENCE, SAME_MODE, SIDES
+from porter.bench.whole import judge as whole
 
 ERROR_RATIO = 1.1
 """A port's bfloat16 error against float32 may be so many times Diffusers' own in the same mode."""
@@ -183,10 +184,10 @@ def by_kernels(
 
 
 def passed(data: Mapping[str, Any]) -> bool:
-    """No side failed, every port agrees, and every parallel mode that ran agrees and was sharded."""
+    """No side failed, every port agrees, and every parallel mode that ran agrees and was sharded; whole requests as well."""
     judged = [v for v in verdicts(data) if SIDES[v.side].subject == "port"]
     parallel = [v for v in parallel_verdicts(data) if v["subject"] == "port"]
-    ran = bool(judged or parallel)
+    ran = bool(judged or parallel or data.get("requests")) and not whole.failed(data)
     good = all(v.good is not False and v.error == v.error for v in judged) and all(v["good"] for v in parallel)
     return ran and good and not data["problems"]
 
@@ -204,5 +205,6 @@ def short_table(data: Mapping[str, Any]) -> str:
         gain = f", {v['speedup']:.2f} times as fast" if v.get("speedup") else ""
         lines.append(f"{v['denoiser']} {v['subject']} {v['mode']} {v['stage']}: apart {v['apart']:.1e}"
                      f" (bound {v['bound']:.1e}){gain}; {v['proof']}")  # fmt: skip
+    lines += whole.lines(data)
     lines += [f"{p['where']}: {p['message']}" for p in data["problems"]]
     return "\n".join(lines)

@@ -20,7 +20,14 @@ class Record:
 
     def __init__(self, path: Path, head: Mapping[str, Any]) -> None:
         self.path = path
-        self.data: dict[str, Any] = {"schema": SCHEMA, **head, "ceilings": {}, "denoisers": {}, "problems": []}
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA,
+            **head,
+            "ceilings": {},
+            "denoisers": {},
+            "requests": {},
+            "problems": [],
+        }
         self._lock = threading.Lock()
         self._start = time.perf_counter()
 
@@ -35,6 +42,16 @@ class Record:
             return sides.setdefault(
                 side, {"facts": {}, "runs": {}, "rounds": {}, "profiles": {}, "compiled": {}, "failures": []}
             )
+
+    def request(self, pipeline: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a pipeline's whole requests."""
+        row = self.data["requests"].setdefault(pipeline, {"sides": {}, "agreement": {}})
+        row |= facts
+        return row
+
+    def request_side(self, pipeline: str, side: str) -> dict[str, Any]:
+        sides = self.data["requests"][pipeline]["sides"]
+        return sides.setdefault(side, {"facts": {}, "runs": {}, "rounds": {}, "compiled": {}, "failures": []})
 
     def problem(self, where: str, message: str) -> None:
         """One clear message about something that did not run."""
@@ -69,7 +86,7 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
 
     Every denoiser keeps the ceilings and the device of its own run. `commands` and `machines` list what was run where.
     """
-    whole = dict(results[0], denoisers={}, problems=[])
+    whole = dict(results[0], denoisers={}, requests={}, problems=[])
     whole["machines"] = [
         {k: r[k] for k in ("device", "versions", "when", "ceilings", "command") if k in r} for r in results
     ]
@@ -82,6 +99,9 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
             key = _key(whole["denoisers"], name, own)
             old = whole["denoisers"].get(key)
             whole["denoisers"][key] = own if old is None else _joined(old, own)
+        for name, row in result.get("requests", {}).items():
+            own = {**row, "device": device}
+            whole["requests"][_key(whole["requests"], name, own)] = own
         whole["problems"] = [*whole["problems"], *result["problems"]]
     return whole
 

@@ -74,7 +74,7 @@ class EngineSubject:
             "offered": len(offered),
             "missing": 0,
             "backend": sorted(backends),
-            "flash_attention": _flash_attention(),
+            "flash_attention": flash_attention(),
         }
 
     def _shard_sequence(self) -> bool:
@@ -175,7 +175,7 @@ def _branches(model: torch.nn.Module) -> Any:
     return Branches()
 
 
-def _flash_attention() -> str | None:
+def flash_attention() -> str | None:
     """The module whose FlashAttention the engine found, if any."""
     try:
         from vllm_omni.diffusion.attention.backends.utils import fa

@@ -1,7 +1,8 @@
 """A process of one side: `python -m porter.bench.worker SIDE RANK`, started by `drive`. SIDE is diffusers, engine or adapter.
 
 Reads one JSON job per line on stdin, answers one JSON line each on the original stdout; tensors travel in files.
-Jobs: load, compile, run, sequence, time, count, layers, walk, release, ceilings. One denoiser is loaded at a time.
+Jobs: load, compile, run, sequence, time, count, layers, walk, release, ceilings for a denoiser; skeleton, load, compile,
+request, release for a whole pipeline. One denoiser or pipeline is loaded at a time.
 """
 
 from __future__ import annotations
@@ -33,21 +34,49 @@ class Bench:
         self._world = 1
 
     def load(self, job: Mapping[str, Any]) -> dict[str, Any]:
-        """Build a denoiser with its random weights. `memory_gib` is what it holds then."""
+        """Build a denoiser, or a pipeline, with its random weights. `memory_gib` is what it holds then."""
         from porter.bench import clock, compiled
 
         self.release({})
         compiled.forget()
-        if self.side == "engine":
-            from porter.bench.side_engine import EngineSubject as Subject
-        else:
-            from porter.bench.side_diffusers import DiffusersSubject as Subject  # type: ignore[assignment]
         start = time.perf_counter()
         self._world = job.get("world", 1)
-        self.subject = Subject(job, self.device)
+        self.subject = self._subject(job)(job, self.device)
         clock.synchronize(self.device)
         return {**self.subject.facts, "memory_gib": clock.allocated_gib(self.device),
                 "build_seconds": time.perf_counter() - start}  # fmt: skip
+
+    def _subject(self, job: Mapping[str, Any]) -> Callable[..., Any]:
+        if "pipeline" in job:
+            if self.side == "engine":
+                from porter.bench.whole.side_engine import EnginePipeline
+
+                return EnginePipeline
+            from porter.bench.whole.side_diffusers import DiffusersPipeline
+
+            return DiffusersPipeline
+        if self.side == "engine":
+            from porter.bench.side_engine import EngineSubject
+
+            return EngineSubject
+        from porter.bench.side_diffusers import DiffusersSubject
+
+        return DiffusersSubject
+
+    def skeleton(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a checkpoint of real size without its weights to `checkpoint`."""
+        from pathlib import Path
+
+        from porter.bench.whole.skeleton import write_skeleton
+
+        write_skeleton(job["pipeline"], job["components"], Path(job["checkpoint"]))
+        return {}
+
+    def request(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """One whole request to a pipeline; with `out`, what came of it goes there."""
+        from porter.bench.whole.served import request
+
+        return request(self.subject, job, self.device)
 
     def compile(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Compile the blocks of what was loaded for eager use."""

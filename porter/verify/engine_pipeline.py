@@ -35,14 +35,17 @@ def _register(generated: str, arch: str) -> Port:
 
 @contextlib.contextmanager
 def loaded(job: Mapping[str, Any]) -> Iterator[tuple[engine_session.Session, Any]]:
-    """A session and a runner that loaded the port with the checkpoint, as the engine's worker does."""
+    """A session and a runner that loaded the checkpoint with the port of `generated`, as the engine's worker does; without
+    `generated`, with the engine's own pipeline."""
     from vllm_omni.diffusion.worker.diffusion_model_runner import DiffusionModelRunner
 
-    _register(job["generated"], job["arch"])
+    if job.get("generated"):
+        _register(job["generated"], job["arch"])
     provide_noted(job["checkpoint"])
     with engine_session.session(
         job["arch"], rank=job["rank"], world=job["world"], port=job["port"], model=job["checkpoint"],
         parallel=job.get("parallel"), step_execution=bool(job.get("step")), max_num_seqs=job.get("max_num_seqs", 1),
+        dtype=getattr(torch, job.get("dtype", "float32")),
     ) as s:  # fmt: skip
         from vllm.config import set_current_vllm_config
 

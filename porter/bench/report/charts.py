@@ -12,6 +12,7 @@ COLOURS = {
     "hand-eager": "#f6c28b", "hand-compiled": "#de7c2b",
     "port-eager": "#8ec5f0", "port-compiled": "#2374ab", "reference": "#222222",
 }  # fmt: skip
+PHASE_COLOURS = {"encode": "#d9b44a", "denoise": "#2374ab", "decode": "#7c5e99"}
 MARKS = {"eager": "o", "compiled": "s", "tuned": "s"}
 
 
@@ -62,6 +63,27 @@ def bars(rows: Sequence[tuple[str, str, float, float, float]], unit: str, digits
     axes.set_xlim(0, top * 1.16)
     for y, row in zip(at, rows, strict=True):
         axes.text(max(row[2], row[4]) + top * 0.012, y, f"{row[2]:.{digits}f}", va="center", fontsize=8)
+    return _svg(figure)
+
+
+def stacked(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str) -> str:
+    """Horizontal bars made of phases: rows of (label, {phase: value})."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(6.4, 0.38 * len(rows) + 1.0))
+    at = list(range(len(rows)))[::-1]
+    left = [0.0] * len(rows)
+    for phase, colour in PHASE_COLOURS.items():
+        values = [parts[phase] for _, parts in rows]
+        axes.barh(at, values, left=left, color=colour, height=0.66, label=phase)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    axes.set_yticks(at, [label for label, _ in rows])
+    axes.set_xlabel(unit)
+    axes.grid(axis="y", visible=False)
+    top = max(left, default=1.0) or 1.0
+    axes.set_xlim(0, top * 1.16)
+    for y, total in zip(at, left, strict=True):
+        axes.text(total + top * 0.012, y, f"{total:.0f}", va="center", fontsize=8)
+    axes.legend(fontsize=7, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     return _svg(figure)
 
 

@@ -20,6 +20,12 @@ def html(data: Mapping[str, Any], generated: Path) -> str:
     for row in shown["denoisers"]:
         row["charts"] = _charts(row)
         row["shots"] = _shots(row["pictures"])
+    for row in shown["requests"]:
+        for case in row["cases"]:
+            bars = [
+                (LABELS[t.side], {"encode": t.encode, "denoise": t.denoise, "decode": t.decode}) for t in case["raw"]
+            ]
+            case["chart"] = charts.stacked(bars, "ms") if bars else ""
     return _render("page.html.jinja", escape=True, **shown)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from porter.bench.judge import ERROR_RATIO, attention_of, best, compared, floor_ms, parallel_verdicts, speeds, verdicts
 from porter.bench.sides import SIDES
+from porter.bench.whole.judge import Apart, Times, distances, times
 
 HEAD = (
     "denoiser", "case", "layers", "card", "Diffusers eager", "Diffusers tuned", "engine's adapter", "hand port",
@@ -16,10 +17,12 @@ HEAD = (
 )  # fmt: skip
 PARALLEL = ("denoiser", "case", "layers", "cards", "mode", "ms", "speed-up", "by kernels", "apart from one card", "bound",
             "divided")  # fmt: skip
+REQUESTS = ("pipeline", "request", "layers", "card", "side", "encode", "denoise", "one step", "decode", "whole",
+            "against Diffusers", "peak GiB", "apart", "noise")  # fmt: skip
 
 
 def table(data: Mapping[str, Any]) -> str:
-    """Markdown: one row per denoiser and case, milliseconds per forward call, then two cards and where it was measured."""
+    """Markdown: one row per denoiser and case, milliseconds per forward call; two cards, whole requests, where measured."""
     lines = [_row(HEAD), _row(["---"] * 4 + ["---:"] * (len(HEAD) - 4))]
     for denoiser, row in data["denoisers"].items():
         for case in row["cases"]:
@@ -27,7 +30,7 @@ def table(data: Mapping[str, Any]) -> str:
             if cells:
                 lines.append(_row([*_subject(denoiser, case), _layers(row), _card(data, row), *cells]))
     text = "\n".join(lines) + "\n" if len(lines) > 2 else ""
-    return text + _parallel(data) + errors(data) + f"\n{origin(data)}\n"
+    return text + _parallel(data) + requests(data) + errors(data) + f"\n{origin(data)}\n"
 
 
 def _cells(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> list[str]:
@@ -64,6 +67,39 @@ def _parallel(data: Mapping[str, Any]) -> str:
                  f"{v['apart']:.1e}", f"{v['bound']:.1e}", v["proof"]]  # fmt: skip
         lines.append(_row(cells))
     return "\n".join(lines) + "\n"
+
+
+def requests(data: Mapping[str, Any]) -> str:
+    """Whole requests, one row per side: where the milliseconds go, and how far the latents are from Diffusers'."""
+    lines = []
+    known = {(d.pipeline, d.case, d.side): d for d in distances(data)}
+    for pipeline, row in data.get("requests", {}).items():
+        for case in row["cases"]:
+            found = times(row, case)
+            for side, each in found.items():
+                lines.append(_row([*_subject(pipeline, case), _layers(row), _card(data, row), SIDES[side].label,
+                                   *request_cells(found, each, known.get((pipeline, case, side)))]))  # fmt: skip
+    if not lines:
+        return ""
+    head = ["", _row(REQUESTS), _row(["---"] * 5 + ["---:"] * (len(REQUESTS) - 5))]
+    note = (
+        "Whole requests: milliseconds until the first step, of all steps, after the last. Against Diffusers: the whole over "
+        "that of the fastest Diffusers. Apart: relative L2 of the last latents from Diffusers in the same mode; noise: of "
+        "compiled from eager Diffusers."
+    )
+    return "\n".join([*head, *lines, "", note]) + "\n"
+
+
+def request_cells(found: Mapping[str, Times], each: Times, apart: Apart | None) -> list[str]:
+    """Figures of one side of a request, from `encode` on."""
+    fastest = min((t.total for s, t in found.items() if SIDES[s].subject == "diffusers"), default=None)
+    steps = f"{each.denoise:.1f} ({each.steps})"
+    return [
+        f"{each.encode:.1f}", steps, f"{each.step:.2f}", f"{each.decode:.1f}", f"{each.total:.1f}",
+        f"{each.total / fastest:.3f}" if fastest and SIDES[each.side].subject != "diffusers" else "",
+        f"{each.peak_gib:.1f}", "" if apart is None else f"{apart.latents:.1e}",
+        "" if apart is None or apart.noise is None else f"{apart.noise:.1e}",
+    ]  # fmt: skip
 
 
 def errors(data: Mapping[str, Any]) -> str:

@@ -21,8 +21,9 @@ from porter.bench.judge import (
     speeds,
     verdicts,
 )
-from porter.bench.report.performance import machine, ratio_text
+from porter.bench.report.performance import machine, ratio_text, request_cells
 from porter.bench.sides import REFERENCE, SAME_MODE, SIDES
+from porter.bench.whole.judge import RATIO, distances, times
 from porter.verify.manifest import read_manifest
 from porter.verify.outcome import VerifyError
 
@@ -46,8 +47,37 @@ def view(data: Mapping[str, Any], generated: Path) -> dict[str, Any]:
         "summary": [_summary(data, name, row) for name, row in data["denoisers"].items() if row["sides"]],
         "denoisers": [_denoiser(data, name, row) for name, row in data["denoisers"].items()],
         "parallel": [_parallel(v) for v in parallel_verdicts(data) if v["mode"] not in ("one", "one-guided")],
+        "requests": [_request(data, name, row) for name, row in data.get("requests", {}).items()],
+        "request_bound": RATIO,
         "features": _features({name.split(",")[0] for name in data["denoisers"]}, generated),
     }
+
+
+def _request(data: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Whole requests of one pipeline."""
+    known = {(d.case, d.side): d for d in distances(data) if d.pipeline == name}
+    cases = []
+    for case, call in row["cases"].items():
+        found = times(row, case)
+        rows = []
+        for side, each in found.items():
+            apart = known.get((case, side))
+            rows.append({"side": LABELS[side], "cells": request_cells(found, each, apart),
+                         "decoded": _error(apart.decoded) if apart else "", "good": apart.good if apart else None,
+                         "judged": apart is not None and SIDES[side].subject == "port",
+                         "spread": "" if each.spread is None else f"{100 * each.spread:.1f} %"})  # fmt: skip
+        shown = {k: v for k, v in call.items() if "prompt" not in k.split("_")}
+        cases.append({"name": case, "rows": rows, "raw": list(found.values()),
+                      "call": ", ".join(f"{k} {v}" for k, v in shown.items())})  # fmt: skip
+    sides = [
+        {"label": LABELS[s], "failures": side["failures"],
+         "parameters": f"{side['facts']['parameters']:,}" if "parameters" in side["facts"] else "",
+         "attention": ", ".join(side["facts"].get("backend", []))
+         or ", ".join(f"{c}: {b['chosen']}" for c, b in side["facts"].get("backends", {}).items()),
+         "first": "; ".join(f"{c} {r['first_seconds']:.1f} s" for c, r in side["runs"].items())}
+        for s, side in row["sides"].items()
+    ]  # fmt: skip
+    return {"name": name, "size": row["size"], "device": row.get("device", ""), "cases": cases, "sides": sides}
 
 
 def _summary(data: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dict[str, Any]:
