@@ -7,6 +7,7 @@ import pytest
 from porter.engine.absolute_text import unit_of
 from porter.facts.sequence.plan import SequencePlan, sequence_plan
 from porter.model import Unknown
+from porter.source import tree
 
 HEAD = """
 import torch
@@ -20,8 +21,9 @@ QKV = "q, k, v = self.qkv(x).unflatten(-1, (6, -1)).chunk(3, dim=2)\n"
 
 
 def unit(
-    block, *, arguments="x, temb", loop="x = block(x, temb)", before="", after="return x", inputs="x, temb, table=None"
-):
+    block, *, arguments="x, temb", loop="x = block(x, temb)", before="", after="return x", inputs="x, temb, table=None",
+    built="",
+):  # fmt: skip
     """A model of two blocks whose forward is `block`."""
     return unit_of(
         HEAD
@@ -48,6 +50,7 @@ def unit(
                     self.proj_out = nn.Linear(dim, dim)
             """
         )
+        + indent(f"{built}\n", 8 * " ")
         + indent(
             f"def forward(self, {inputs}):\n"
             + indent(dedent(before), "    ")
@@ -105,6 +108,37 @@ def test_a_tensor_whose_rank_is_tested_counts_tokens_in_that_rank_alone():
     assert [(e.variable, e.axis, e.rank) for e in plan(block).tables] == [("temb", -2, 3)]
 
 
+MASKED = QKV + "return x + self.attn(q, k, v, attn_metadata=AttentionMetadata(attn_mask=mask)).flatten(2)\n"
+WITH_MASK = {"arguments": "x, mask", "loop": "x = block(x, mask)", "inputs": "x, mask"}
+
+
+def counted(block, **more):
+    return [(tree.code(c.node), c.parts) for c in plan(block, **more).counted]
+
+
+def test_a_mask_that_every_rank_has_in_full_counts_all_tokens():
+    block = "_, n, _ = x.shape\nif mask.shape[-1] != n:\n    mask = F.pad(mask, (0, n), value=0.0)\n" + MASKED
+    assert counted(block, **WITH_MASK) == [("n", ("x",)), ("n", ("x",))]
+    block = "mask = F.pad(mask, (x.shape[1] - mask.shape[1], 0))\n" + MASKED
+    assert counted(block, **WITH_MASK) == [("x.shape[1]", ("x",))]
+
+
+def test_a_number_compared_with_the_length_of_a_divided_table_is_this_rank_s():
+    block = "if freqs.shape[-2] == x.shape[1]:\n    x = x * freqs\n" + SELF
+    assert counted(block, arguments="x, freqs", loop="x = block(x, freqs)", inputs="x, freqs") == []
+
+
+def test_a_number_that_shapes_tokens_is_this_rank_s():
+    assert counted("n = x.shape[1]\nx = x.view(2, n, 4)[:, :n]\n" + MASKED, **WITH_MASK) == []
+
+
+def test_a_layer_used_for_divided_and_for_whole_tokens_can_t_tell_which_it_counts():
+    block = "if mask.shape[-1] != x.shape[1]:\n    mask = F.pad(mask, (0, x.shape[1]))\n" + MASKED
+    assert "counts divided tokens and whole ones" in reason(
+        block, built="self.first = Block(dim)", before="mask = self.first(mask, mask)\n", **WITH_MASK
+    )
+
+
 JOINT = """
 q, k, v = self.qkv(x).unflatten(-1, (6, -1)).chunk(3, dim=2)
 tq, tk, tv = self.qkv(text).unflatten(-1, (6, -1)).chunk(3, dim=2)
@@ -159,9 +193,9 @@ def test_tokens_are_followed_through_a_dictionary_of_arguments():
 
 
 def test_an_argument_that_may_come_from_an_unknown_dictionary_is_not_taken_for_its_default():
-    block = "if scale is not None:\n    x = x * math.log(x.shape[1], scale)\n" + SELF
+    block = "if scale is not None:\n    x = x * torch.arange(x.shape[1], scale)\n" + SELF
     found = reason(block, arguments="x, scale=None", loop="x = block(x, **more)", inputs="x, more")
-    assert "log" in found
+    assert "positions are counted" in found
 
 
 def test_blocks_without_attention_over_the_tokens_have_no_plan():

@@ -50,14 +50,32 @@ class AttentionUse(Struct, frozen=True):
     mask: Value
 
 
+class Counted(Struct, frozen=True):
+    """A number of this rank's tokens of `parts` that stands for the number of all of them; `beside` is what it is compared
+    with."""
+
+    owner: str
+    node: cst.BaseExpression
+    parts: tuple[str, ...]
+    beside: Value
+
+
 @dataclass
 class Findings:
     """What following a forward brings up."""
 
+    counted: dict[int, Counted] = field(default_factory=dict)
     attention: dict[int, list[AttentionUse]] = field(default_factory=dict)
     met: set[Entry] = field(default_factory=set)
     calls: dict[tuple[object, ...], Value] = field(default_factory=dict)
     mixing: set[tuple[str, str]] = field(default_factory=set)
+
+
+def count(findings: Findings, found: Counted) -> None:
+    """Note a number of all tokens. Raises NotShardable where it is one of other tokens elsewhere."""
+    before = findings.counted.setdefault(id(found.node), found)
+    if (before.owner, before.parts) != (found.owner, found.parts):
+        raise NotShardable("the number of tokens is used in arithmetic")
 
 
 def with_origin(value: Value, origin: str) -> Value:

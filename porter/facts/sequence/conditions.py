@@ -36,7 +36,10 @@ def truth(frame: Frame, test: cst.BaseExpression, env: Env) -> bool | None:
             return decisive
         return None if None in (left, right) else not decisive
     if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
-        return compared(frame, test, env)
+        known = compared(frame, test, env)
+        if known is None:
+            frame.compared_length(test, env)
+        return known
     value = frame.eval(test, env)
     return bool(value.value) if isinstance(value, Const) else None
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import libcst as cst
 
 from porter.facts.sequence import operations, shapes
 from porter.facts.sequence.calls import (
     AttentionUse,
+    Counted,
     Env,
     Findings,
     arithmetic,
     bound,
+    count,
     same_tokens,
     unpacked,
     with_origin,
@@ -209,10 +211,32 @@ class Frame:
         return merged(self._eval(node.left, env), self._eval(node.right, env))
 
     def comparison(self, node: cst.Comparison, env: Env) -> Value:
-        values = [self.eval(node.left, env), *(self.eval(c.comparator, env) for c in node.comparisons)]
+        values = [self.eval(n, env) for n in (node.left, *(c.comparator for c in node.comparisons))]
+        self.compared_length(node, env)
         if any(isinstance(v, (Tokens, Whole)) for v in values) and not any(isinstance(v, Length) for v in values):
             return operations.combine(values, self.findings.met)
         return OTHER
+
+    def compared_length(self, node: cst.Comparison, env: Env) -> None:
+        """A number of tokens that is compared with another number: both are of all tokens."""
+        nodes = [node.left, *(c.comparator for c in node.comparisons)]
+        values = [self.eval(n, env) for n in nodes]
+        lengths = [n for n, v in zip(nodes, values, strict=True) if isinstance(v, Length)]
+        if len(nodes) == 2 and len(lengths) == 1 and not has_tokens(*(v for v in values if not isinstance(v, Length))):
+            self.whole_lengths(lengths, env, next(v for v in values if not isinstance(v, Length)))
+
+    def whole_lengths(self, nodes: Sequence[cst.BaseExpression], env: Env, beside: Value = OTHER) -> bool:
+        """Whether numbers of tokens among expressions may be those of all ranks: then they are noted."""
+        found = [
+            n for each in nodes for n in ([e.value for e in each.elements] if isinstance(each, cst.Tuple) else [each])
+        ]
+        for node in found:
+            value = self.eval(node, env)
+            if isinstance(value, Length):
+                if self.owner not in self.classes.unit or value.negative:
+                    return False
+                count(self.findings, Counted(self.owner, node, value.parts, beside))
+        return True
 
     def globals(self, name: str) -> Value:
         """A global: a function, or a table of functions."""
@@ -326,6 +350,9 @@ class Frame:
 
     def binary(self, node: cst.BinaryOperation, env: Env) -> Value:
         left, right = self.eval(node.left, env), self.eval(node.right, env)
+        for length, node_, other in ((left, node.left, right), (right, node.right, left)):
+            if isinstance(length, Length) and counted(other) is not None and self.whole_lengths([node_], env, other):
+                return opaque([other])
         if isinstance(node.operator, (cst.Add, cst.Subtract)) and (
             isinstance(left, Length) or isinstance(right, Length)
         ):
@@ -381,6 +408,9 @@ class Frame:
         if isinstance(known, Functions):
             return self.tabled(known, args, kwargs)
         if isinstance(node.func, cst.Name) and not isinstance(known, (Instance, Partial, Modules)):
+            if name in operations.OF_ALL_TOKENS and not any(isinstance(v, Tokens) for v in args):
+                if self.whole_lengths([a.value for a in node.args], env):
+                    return opaque(args)
             return self.named(name, args, kwargs)
         if isinstance(node.func, cst.Attribute):
             owner = self.eval(node.func.value, env)

@@ -46,6 +46,9 @@ _NORMS = ("porter_template.TensorParallel", "vllm.model_executor.layers.layernor
 _REDUCTIONS = frozenset({"mean", "sum", "var", "std", "norm", "amax", "amin", "max", "min", "prod"})
 _MADE_BY_SHAPE = frozenset({"ones", "zeros", "full", "empty", "new_ones", "new_zeros", "new_full", "new_empty"})
 
+OF_ALL_TOKENS = frozenset({"torch.nn.functional.pad", "porter_template.valid_keys", "math.log"})
+"""Functions of something that every rank has in full: a number of tokens they are given counts those of all ranks."""
+
 Meet = set[Entry]
 
 

@@ -7,7 +7,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from porter.facts.module_tree import module_tree
-from porter.facts.sequence.calls import AttentionUse, Env, Findings
+from porter.facts.sequence.calls import AttentionUse, Counted, Env, Findings
 from porter.facts.sequence.classes import Classes
 from porter.facts.sequence.follow import Frame
 from porter.facts.sequence.region import block_loops, handed_on, maybe_none, read_after
@@ -29,6 +29,7 @@ from porter.facts.sequence.values import (
     forget,
     has_tokens,
     opaque,
+    origins,
     same_length,
     whole,
 )
@@ -65,7 +66,7 @@ class SequencePlan(Struct, frozen=True):
     has one entry per token; `attention` every attention call and what it is given; `optional` the variables that may be None
     at the start; `refused` the inputs that the plan has no place for, which must be None;
     `mixing` lists of blocks and a class of blocks they may be of, which mixes tokens; `recounted` the
-    variables that hold the number of tokens of a stream.
+    variables that hold the number of tokens of a stream; `counted` the expressions whose number of tokens is that of all ranks.
     """
 
     start: cst.BaseStatement
@@ -77,6 +78,7 @@ class SequencePlan(Struct, frozen=True):
     refused: tuple[str, ...]
     mixing: tuple[tuple[str, str], ...]
     recounted: tuple[tuple[str, Stream], ...]
+    counted: tuple[Counted, ...]
 
     def switched(self) -> frozenset[str]:
         """Classes whose attention is divided in one place of the model and not in another."""
@@ -200,6 +202,7 @@ class _Search:
                     self.refused,
                     mixing,
                     tuple(sorted(run.recounted.items())),
+                    _counted(run.findings, tables, attention),
                 )
             problem = problem or run.problem
         raise problem if problem is not None else NotShardable("the tokens can't be put together again")
@@ -223,6 +226,17 @@ class _Search:
                 raise NotShardable("a tensor is grown to the number of all tokens")
             if len(entry.path) > 1:
                 raise NotShardable(f"{entry.variable} is a nested tuple")
+
+
+def _counted(findings: Findings, tables: tuple[Entry, ...], attention: tuple[AttentionUse, ...]) -> tuple[Counted, ...]:
+    """Numbers of all tokens; one that is compared with the length of a table stays this rank's, as the table's is."""
+    divided = {t.variable for t in tables}
+    found = tuple(c for c in findings.counted.values() if not divided & origins(c.beside))
+    whole_keys = {u.owner for u in attention if u.key is None}
+    for each in found:
+        if each.owner in whole_keys:
+            raise NotShardable(f"{each.owner} counts divided tokens and whole ones")
+    return found
 
 
 def _check_attention(uses: tuple[AttentionUse, ...]) -> None:

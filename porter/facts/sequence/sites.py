@@ -12,6 +12,9 @@ from porter.facts.sequence.follow import ATTENTION
 from porter.facts.sequence.plan import SequencePlan, sequence_plan
 from porter.model import Unit, Unknown
 from porter.source import tree
+from porter.source.names import absolute
+
+ALL_TOKENS = absolute("porter_template.all_tokens")
 
 
 def planned(unit: Unit) -> bool:
@@ -51,6 +54,15 @@ def attention(unit: Unit) -> Iterator[FactSite]:
             for site in sites:
                 if site.cls == ATTENTION:
                     yield FactSite(site.call, name, {"skip": "argument" if name in switched else name not in divided})
+
+
+@fact("sequence_length", fields=["total"])
+def lengths(unit: Unit) -> Iterator[FactSite]:
+    """Numbers of this rank's tokens that must be those of all ranks; `total` is the expression that counts them."""
+    plan = None if planned(unit) else sequence_plan(unit)
+    for each in plan.counted if isinstance(plan, SequencePlan) else ():
+        streams = ", ".join(f'"{p}"' for p in each.parts)
+        yield FactSite(each.node, each.owner, {"total": f"{ALL_TOKENS}({tree.code(each.node)}, {streams})"})
 
 
 @fact("sequence_path", fields=["outside"])

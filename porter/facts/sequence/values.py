@@ -206,6 +206,21 @@ def _origin(value: Value) -> Value:
     return value
 
 
+def origins(value: Value) -> set[str]:
+    """Variables at the start of the region that a value is made of."""
+    found: set[str] = set()
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if isinstance(each, Whole) and id(each) not in seen:
+            seen.add(id(each))
+            if each.kind == "boundary":
+                found.add(each.name)
+            else:
+                pending += each.base
+    return found
+
+
 def fresh(values: list[Value]) -> Value:
     """A tensor of its own, different from any other."""
     base = tuple(dict.fromkeys(v for value in values for v in flattened(value) if isinstance(v, Whole)))
