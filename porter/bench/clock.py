@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,3 +132,29 @@ def ceilings(device: torch.device) -> dict[str, float]:
     copy = statistics.median(spans(lambda: target.copy_(source), count, device))
     bytes_moved = 2 * source.numel() * source.element_size()
     return {"matmul_tflops": 2 * n**3 / product / 1e9, "copy_gbs": bytes_moved / copy / 1e6}
+
+
+LINK_MB = (1, 25, 75, 150)
+"""Sizes of one rank's tensor for `links`: a text stream, an image stream, and two video sequences."""
+
+
+def links(device: torch.device) -> list[dict[str, float]]:
+    """What the connection of the ranks can do, measured: [{mb, all_reduce_ms, all_to_all_ms}] for tensors of `mb` megabytes
+    on each rank, through the default process group. Every rank must call it."""
+    import torch.distributed as dist
+
+    found = []
+    count = 20 if device.type == "cuda" else 2
+    for mb in LINK_MB:
+        source = torch.zeros(mb * 10**6 // 2, device=device, dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+        calls: dict[str, Callable[[], object]] = {"all_reduce_ms": partial(dist.all_reduce, source)}
+        if device.type == "cuda":  # gloo has no all-to-all
+            calls["all_to_all_ms"] = partial(dist.all_to_all_single, target, source)
+        row: dict[str, float] = {"mb": mb}
+        for name, call in calls.items():
+            for _ in range(3):
+                call()
+            row[name] = round(statistics.median(spans(call, count, device)), 4)
+        found.append(row)
+    return found

@@ -173,6 +173,10 @@ class Pair:
             if self.options.rounds and stage == "compiled":
                 rounds = [self._all(world, {**job, "job": "time"}) for _ in range(self.options.rounds)]
                 found[stage]["rounds"] = [[a["round"] for a in answers] for answers in rounds]
+                found[stage]["profiles"] = [a["profile"] for a in rounds[-1]]
+                found[stage]["compiled"] = rounds[-1][0]["compiled"]  # calls after the first may compile again
+        if world > 1 and "links" not in self.record.data["ceilings"]:
+            self.record.data["ceilings"]["links"] = self._all(world, {"job": "links"})[0]["links"]
         self._all(world, {"job": "release"})
         return found
 

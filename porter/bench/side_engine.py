@@ -38,7 +38,7 @@ class EngineSubject:
             )  # fmt: skip
             self.model = self._build(job, config)
             self._load(shapes, torch.load(job["buffers"], weights_only=True) if job.get("buffers") else {})
-            self.sharded_sequence = self._shard_sequence()
+            self._shard_sequence()
             if job.get("compile"):
                 self._compile(dict(job.get("compile_options") or {}))
         except BaseException:
@@ -77,10 +77,10 @@ class EngineSubject:
             "flash_attention": flash_attention(),
         }
 
-    def _shard_sequence(self) -> bool:
+    def _shard_sequence(self) -> None:
         """Apply the engine's sequence-parallel hooks; the engine swallows a failure, so what it did is looked at."""
         if self.session.od_config.parallel_config.sequence_parallel_size <= 1:
-            return False
+            return
         from vllm_omni.diffusion.forward_context import get_forward_context
         from vllm_omni.diffusion.registry import _apply_sequence_parallel_if_enabled
 
@@ -92,7 +92,6 @@ class EngineSubject:
             _apply_sequence_parallel_if_enabled(holder, self.session.od_config)
             if not get_forward_context().sp_plan_hooks_applied:
                 raise RuntimeError("the engine applied no sequence-parallel hook")
-        return True
 
     def _compile(self, options: dict[str, Any]) -> None:
         from vllm_omni.diffusion.compile import regionally_compile
@@ -105,11 +104,8 @@ class EngineSubject:
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
-        from vllm_omni.diffusion.forward_context import get_forward_context
-
+        """The runner's: a fresh forward context, in which all attention counts as divided where there is a plan."""
         with torch.inference_mode(), self.session.forward_context():
-            if self.sharded_sequence:
-                get_forward_context().sp_plan_hooks_applied = True
             yield
 
     def settle(self, case: str, inputs: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A process of one side: `python -m porter.bench.worker SIDE RANK`, started by `drive`. SIDE is diffusers, engine or adapter.
 
 Reads one JSON job per line on stdin, answers one JSON line each on the original stdout; tensors travel in files.
-Jobs: load, compile, run, sequence, time, count, layers, walk, release, ceilings for a denoiser; skeleton, load, compile,
+Jobs: load, compile, run, sequence, time, count, layers, walk, release, ceilings, links for a denoiser; skeleton, load, compile,
 request, release for a whole pipeline. One denoiser or pipeline is loaded at a time.
 """
 
@@ -212,6 +212,11 @@ class Bench:
         from porter.bench import clock
 
         return dict(clock.ceilings(self.device))
+
+    def links(self, _job: Mapping[str, Any]) -> dict[str, Any]:
+        from porter.bench import clock
+
+        return {"links": clock.links(self.device)}
 
     def _inputs(self, job: Mapping[str, Any]) -> dict[str, Any]:
         from porter.bench.inputs import read_inputs

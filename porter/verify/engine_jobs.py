@@ -61,8 +61,22 @@ def job_module(job: Mapping[str, Any]) -> dict[str, Any]:
             root = module_file(job["generated"], job["folder"], job["module"]).parent
             probes.attach(model, root, records)
         output = s.call(model, inputs)
+        answer["sequence_lengths"] = list(sharded)
+        if sp:
+            answer["open"] = _left_open(s, model, inputs)
     torch.save({"output": output, "records": records}, job["out"])
-    return answer | {"sequence_lengths": sharded}
+    return answer
+
+
+def _left_open(s: engine_session.Session, model: torch.nn.Module, inputs: Mapping[str, Any]) -> int:
+    """Regions of divided tokens that are still open after a call, by the count that the engine keeps for plans: attention
+    outside of the region would be divided, too, and every further call would compile the blocks again."""
+    from vllm_omni.diffusion.forward_context import get_forward_context
+
+    with torch.no_grad(), s.forward_context():
+        get_forward_context().sp_plan_hooks_applied = True
+        model(**inputs)
+        return get_forward_context()._sp_shard_depth
 
 
 def block_elements(model: torch.nn.Module) -> dict[str, int]:
@@ -111,7 +125,7 @@ def _apply_sequence_parallel(s: engine_session.Session, model: torch.nn.Module) 
 def _watch_sequence(model: torch.nn.Module, seen: list[int]) -> None:
     """Note the number of tokens of the first 3-D tensor that reaches each repeated block, along the axis of the plan."""
     specs = [spec for entry in model._sp_plan.values() if isinstance(entry, dict) for spec in entry.values()]
-    axis = next((spec.split_dim for spec in specs if spec.expected_dims == 3), 1)
+    axis = next((s.split_dim for s in specs if not isinstance(s, list) and s.expected_dims == 3), 1)
 
     def hook(_module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         ordered = [kwargs[k] for k in ("hidden_states",) if k in kwargs] + list(args) + list(kwargs.values())

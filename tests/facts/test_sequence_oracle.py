@@ -66,3 +66,10 @@ def test_image_tokens_are_divided_along_the_axis_diffusers_divides(ports, name):
 def test_rotary_tables_are_divided_wherever_diffusers_divides_them_or_their_ids(ports, name):
     text = module(ports, name)
     assert re.search(r"rotary_emb = (self\.shard_|tuple\(\s*shard_streams)", text)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_as_many_regions_are_opened_as_are_closed(ports, name):
+    """The engine counts up where an output is divided, and down where one is gathered (hooks/sequence_parallel.py)."""
+    plan = plan_of(module(ports, name), "_sp_plan").values()
+    assert sum("split_output=True" in p for p in plan) == sum(p.startswith("SequenceParallelOutput") for p in plan)

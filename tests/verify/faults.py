@@ -171,6 +171,17 @@ def unsharded_rotary(node: ast.AST) -> ast.AST | None:
     return None
 
 
+def regions_left_open(node: ast.AST) -> ast.AST | None:
+    """Divide the tables' outputs, too: the engine's count of open regions grows with every call."""
+    if isinstance(node, ast.Dict) and len(node.keys) == 1 and name_of(node.keys[0]) == "'input'":
+        given = node.values[0]
+        specs = given.elts if isinstance(given, ast.List) else [given]
+        for spec in specs:
+            spec.keywords.append(ast.keyword("split_output", ast.Constant(True)))
+        return ast.Dict([ast.Constant(i) for i in range(len(specs))], list(specs))
+    return None
+
+
 def table_in_default_dtype(node: ast.AST) -> ast.AST | None:
     """`.to(torch.float32)` becomes the dtype in which the engine builds models: right in float32 alone."""
     if isinstance(node, ast.Call) and name_of(node.func).endswith(".to") and len(node.args) == 1:
@@ -456,6 +467,7 @@ FAULTS = (
           subject="StableDiffusion3Pipeline"),
     Fault("bias added on every rank", "tp", ("no-mask",), "transformer", bias_on_every_rank),
     Fault("partial sums lost", "tp", ("no-mask",), "transformer", not_reduced),
+    Fault("regions left open", "sp", ("no-mask",), "transformer", rewrite(regions_left_open)),
     Fault("rotary table unsharded", "sp", ("no-mask",), "transformer", rewrite(unsharded_rotary)),
     Fault("timestep scaled wrong", "pipeline", ("plain",), "any", rewrite(timestep_scale)),
     Fault("schedule off by one", "pipeline", ("plain",), "pipeline", rewrite(schedule_off_by_one)),

@@ -52,13 +52,17 @@ def _by_variable(tables: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 
 def _plan_text(plan: SequencePlan, single: Mapping[str, list[Entry]]) -> str:
+    """The engine counts a region of divided tokens as open from each `split_output` to a gather: only what is gathered is
+    divided as an output, so that nothing is open after the forward. All else is divided as the input of its point."""
     rows = []
     for variable, entries in single.items():
-        specs = ", ".join(f"{e.path[0] if e.path else 0}: {_table(e)}" for e in entries)
-        rows.append(f'"shard_{variable}": {{{specs}}},')
+        specs = ", ".join(_table(e) for e in sorted(entries, key=lambda e: e.path))
+        rows.append(f'"shard_{variable}": {{"input": {f"[{specs}]" if entries[0].path else specs}}},')
+    gathered = {each.stream for each in (plan.gather, *plan.gather.also)}
     for stream in plan.streams:
+        key, output = ("0", "split_output=True, ") if stream.name in gathered else ('"input"', "")
         rows.append(
-            f'"shard_{stream.name}": {{0: {INPUT}(split_dim={stream.axis}, expected_dims={stream.rank}, split_output=True, '
+            f'"shard_{stream.name}": {{{key}: {INPUT}(split_dim={stream.axis}, expected_dims={stream.rank}, {output}'
             f'auto_pad=True, shard_group="{stream.name}")}},'
         )
     axis = plan.streams[0].axis
@@ -71,7 +75,7 @@ def _plan_text(plan: SequencePlan, single: Mapping[str, list[Entry]]) -> str:
 def _table(entry: Entry) -> str:
     expected = f", expected_dims={entry.rank}" if entry.rank is not None else ""
     split = entry.axis if entry.rank is None else entry.axis + entry.rank
-    return f"{INPUT}(split_dim={split}{expected}, split_output=True, auto_pad=True)"
+    return f"{INPUT}(split_dim={split}{expected}, auto_pad=True)"
 
 
 def _divide(plan: SequencePlan, tables: Mapping[str, list[Entry]], single: Mapping[str, list[Entry]]) -> list[str]:

@@ -226,6 +226,9 @@ class _Search:
                 raise NotShardable("a tensor is grown to the number of all tokens")
             if len(entry.path) > 1:
                 raise NotShardable(f"{entry.variable} is a nested tuple")
+        for variable in {e.variable for e in tables if e.path}:
+            if sorted(e.path[0] for e in tables if e.variable == variable and e.path) != [0, 1]:
+                raise NotShardable(f"{variable} is a tuple of which not both elements count tokens")
 
 
 def _counted(findings: Findings, tables: tuple[Entry, ...], attention: tuple[AttentionUse, ...]) -> tuple[Counted, ...]:

@@ -86,6 +86,8 @@ def _case(bench: Bench, generated: Path | str, denoiser: Denoiser, case: ModuleC
         figures |= block_shares(one["block_elements"], [a["block_elements"] for a in two])
         sharded = all(a["elements"] < one["elements"] for a in two)
     problems = [] if sharded else ["nothing was sharded: both ranks hold everything"]
+    if left := max((a.get("open", 0) for a in two), default=0):
+        problems.append(f"{left} regions of divided tokens are still open after the forward")
     if not figures["rel_l2"] <= BOUND:
         problems.append(f"relative L2 error {figures['rel_l2']:.2e} (bound {BOUND:.0e})")
     return CaseResult(case.name, "failed" if problems else "passed", "; ".join(problems), figures, clock())
