@@ -213,12 +213,8 @@ def benchmark(
 def bench(
     classes: Annotated[list[str], typer.Argument(metavar="CLASS...", help="Pipelines or denoisers with a port.")],
     out: Out = Path("generated"),
-    json_file: Annotated[Path, typer.Option("--json", help="The record, written after every step.")] = Path(
-        "bench.json"
-    ),
-    whole: Annotated[
-        bool, typer.Option("--whole", help="Whole requests to pipelines: encode, denoise, decode.")
-    ] = False,
+    json_file: Annotated[Path, typer.Option("--json", help="The record, kept up to date.")] = Path("bench.json"),
+    whole: Annotated[bool, typer.Option("--whole", help="Whole requests: encode, denoise, decode.")] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu for a dry run.")] = "cuda",
     cards: Annotated[int, typer.Option(min=1, max=2, help="2: tensor, sequence and guidance parallel.")] = 1,
     modes: Annotated[str, typer.Option(help="Of two cards, comma-separated.")] = "tp,ulysses,cfg",

@@ -62,7 +62,7 @@ def random_weights(checkpoint: Path, component: str, device: torch.device) -> It
         if tensor.is_meta:
             yield name, random_weight(f"{component}.{name}", tensor.shape, device)
         else:
-            yield name, tensor.to(device)
+            yield name, tensor.to(device, torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,8 @@ def watched(
     kept.update(latents=None, decoded=[])
     undo: list[Callable[[], None]] = []
     for name, component in components.items():
+        if component is None:
+            continue  # a pipeline of two denoisers may have one
         if name in denoisers:
             undo.append(component.register_forward_pre_hook(lambda *_: mark("call")).remove)
         elif _is_autoencoder(component):

@@ -12,6 +12,8 @@ from porter.bench.counts import repeated_blocks
 from porter.bench.whole.components import random_components
 from porter.verify.stand_ins import provide_noted
 
+NATIVE = "native"
+
 
 class DiffusersPipeline:
     """As `from_pretrained(torch_dtype=torch.bfloat16).to(device)` gives it."""
@@ -22,8 +24,9 @@ class DiffusersPipeline:
         provide_noted(job["checkpoint"])
         self.device = device
         self.denoisers = tuple(job["denoisers"])
-        self._backends: tuple[str, ...] = ("native",)
-        self._fullgraph: bool | None = None
+        self._backends: tuple[str, ...] = (NATIVE,)
+        self._options: dict[str, Any] = {}
+        self._compiled = self._fullgraph = False
         self._chosen: dict[str, str] = {}
         with random_components(device):
             cls = getattr(diffusers, job["pipeline"])
@@ -46,7 +49,7 @@ class DiffusersPipeline:
         """Compile the repeated blocks as whole graphs, and prefer the attention `backends`."""
         self._backends = tuple(options.get("backends") or self._backends)
         self._options = {k: v for k, v in options.items() if k != "backends"}
-        self._chosen.clear()
+        self._compiled = True
         torch._dynamo.config.recompile_limit = 64
         self._compile_blocks(fullgraph=True)
 
@@ -60,8 +63,8 @@ class DiffusersPipeline:
 
     def settle(self, case: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Run with the first attention that takes the case; a graph that can't be whole may break."""
-        if case in self._chosen:
-            self._set(self._chosen[case])
+        if case in self._chosen or not self._compiled:
+            self._set(self._chosen.get(case, NATIVE))  # what another pipeline set stays set in the process
             return run()
         refused: dict[str, str] = {}
         found = self._tried(case, run, refused)
