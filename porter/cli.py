@@ -7,18 +7,15 @@ environment, 3 diagnostics at or above --threshold, 4 rule examples failed, 5 ve
 
 from __future__ import annotations
 
-import gc
-import signal
 import sys
 from copy import copy
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from porter.exits import EXAMPLES, INTERNAL, INTERRUPTED, OK, USAGE
+from porter.exits import EXAMPLES, INTERNAL, INTERRUPTED, OK, USAGE, interrupted
 from porter.resources import CORPUS
 from porter.verify.outcome import Again
 
@@ -344,12 +341,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = _command(given).main(args=given, prog_name="porter", standalone_mode=False)
         if result == INTERRUPTED:  # that is all that typer makes of an interrupt
-            return _interrupted()
+            return interrupted()
         return result if isinstance(result, int) else OK
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+        return interrupted()
     except usage_error as error:
         error.show()
         return USAGE
@@ -378,22 +375,3 @@ def _command(given: list[str]) -> Any:  # noqa: ANN401 - typer exports no name f
     if named:
         chosen.registered_commands, chosen.registered_groups = named, []
     return typer.main.get_command(chosen)
-
-
-def _interrupted() -> int:
-    print("porter: interrupted; output files are as they were (PORT010)", file=sys.stderr)
-    return INTERRUPTED
-
-
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
-def entry() -> NoReturn:
-    """The installed command: `main`, and a quick end. What ends a command from outside is an interrupt to it."""
-    signal.signal(signal.SIGTERM, _stop)
-    if sys.argv[1:2] == ["convert"]:
-        gc.disable()  # trees hold no cycles and live until the port is printed, and so does all that is imported
-    code = main()
-    gc.freeze()  # what is left lives as long as the process: a last search for cycles in it is lost time
-    sys.exit(code)

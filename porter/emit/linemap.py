@@ -70,11 +70,11 @@ class LineMap(Struct, frozen=True):
 
 
 class Finished(Struct, frozen=True):
-    """A generated file as it is written, its line map, and Python's tree of it."""
+    """A generated file as it is written, its line map, and Python's tree of it (None if another process printed it)."""
 
     text: str
     lines: LineMap
-    tree: ast.Module
+    tree: ast.Module | None
 
 
 def finish(marked: Mapping[str, str], templates: Mapping[str, str] | None = None) -> dict[str, Finished]:

@@ -78,6 +78,13 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     )  # fmt: skip
 
 
+def port_name(library: Library, name: str) -> tuple[str, str, str]:
+    """Qualified name of a denoiser class, and module and class of its port, as they will be."""
+    source = library.canonical(name)
+    short = source.rpartition(".")[2]
+    return source, f"{snake(stem(short))}_transformer", short
+
+
 def specialised(library: Library, name: str, rules: RuleSet, policy: Policy) -> tuple[Unit, TensorParallel]:
     """A denoiser as the rules of phase `lower` see it, and what the analyses say of it."""
     unit = _specialised(_Run(rules), library, name, policy)[2]
