@@ -59,14 +59,34 @@ def probe(module, records):
     ]
 
 
+def diffusers_class(name):
+    """A public class of Diffusers. One that Diffusers hides, as a package is missing, comes from its own file.
+
+    Only for packages with stand-ins: without one, importing the file, or using it, says what is missing.
+    """
+    import glob
+    import importlib
+
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    if ".dummy_" not in cls.__module__:
+        return cls
+    root = os.path.dirname(diffusers.__file__)
+    for path in sorted(glob.glob(os.path.join(root, "pipelines", "*", "pipeline_*.py"))):
+        with open(path) as stream:
+            if f"\nclass {name}(" in stream.read():
+                module = os.path.relpath(path, os.path.dirname(root))[:-3].replace(os.sep, ".")
+                return getattr(importlib.import_module(module), name)
+    return cls
+
+
 def class_of(job):
     """The class that a job names: of Diffusers, or of `file`, another version of the module `module_of_file`."""
     import importlib.util
 
-    import diffusers
-
     if not job.get("file"):
-        return getattr(diffusers, job["class"])
+        return diffusers_class(job["class"])
     spec = importlib.util.spec_from_file_location(f"{job['module_of_file']}_changed", job["file"])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -161,10 +181,8 @@ class Stop(Exception):
 
 def job_signature(job):
     """Parameters of a pipeline's __call__ with their defaults, and its component classes."""
-    import diffusers
-
     provide_stand_ins(job.get("stand_ins") or {})
-    cls = getattr(diffusers, job["class"])
+    cls = diffusers_class(job["class"])
     plain = (int, float, str, bool, type(None), list, tuple)
     parameters = {
         n: (p.default if isinstance(p.default, plain) else None)
@@ -196,12 +214,14 @@ class PassThrough:
 
 def provide_stand_ins(wanted):
     """Make packages with such classes importable, and known to Diffusers as installed."""
+    import importlib.machinery
     import types
 
     from diffusers.utils import import_utils
 
     for package, classes in wanted.items():
         module = types.ModuleType(package)
+        module.__spec__ = importlib.machinery.ModuleSpec(package, None)
         for name in classes:
             setattr(module, name, type(name, (PassThrough,), {"__module__": package}))
         sys.modules.setdefault(package, module)

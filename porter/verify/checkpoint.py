@@ -39,14 +39,14 @@ def build_checkpoint(pipeline_class: str, spec: Mapping[str, Any], out: Path | s
     `spec` is the content of tests/corpus/pipelines/<Pipeline>.yaml: `components` {name: {class, options...} or null}
     and `denoisers` {name: {class, config}}. A component of a class with a denoiser entry is built from its config.
     """
-    import diffusers
     import torch
 
+    from porter.verify.baseline import diffusers_class
     from porter.verify.tiny import build_component, random_model
 
     torch.manual_seed(seed)
     provide(spec.get("stand_ins", {}))
-    pipeline = getattr(diffusers, pipeline_class)
+    pipeline = diffusers_class(pipeline_class)
     declared = component_classes(pipeline)
     given = dict(spec.get("components", {}))
     denoisers = spec.get("denoisers", {})

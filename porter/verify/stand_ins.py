@@ -6,6 +6,7 @@ that loads it, on either side, has them.
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import sys
 import types
@@ -37,6 +38,7 @@ def provide(wanted: Mapping[str, Sequence[str]]) -> None:
 
     for package, classes in wanted.items():
         module = types.ModuleType(package)
+        module.__spec__ = importlib.machinery.ModuleSpec(package, None)
         for name in classes:
             setattr(module, name, type(name, (PassThrough,), {"__module__": package}))
         sys.modules.setdefault(package, module)
