@@ -19,8 +19,17 @@ from porter.pipeline.helpers import module_definitions
 from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
 from porter.pipeline.optional_imports import import_where_used, optional_packages
 from porter.pipeline.own_scheduler import SCHEDULER
-from porter.pipeline.parameters import is_tensor, is_text, media_keys
+from porter.pipeline.parameters import declaration, is_tensor, is_text, media_keys
 from porter.pipeline.pieces import Pieces, pieces
+from porter.pipeline.preparing import (
+    ARGUMENT,
+    Preparing,
+    pre_process_function,
+    preparing,
+    stays,
+    takes_media,
+    with_prepared,
+)  # fmt: skip
 from porter.pipeline.process import Finish, finish
 from porter.pipeline.reads import (
     class_statements,
@@ -34,7 +43,6 @@ from porter.pipeline.render import render
 from porter.pipeline.tables import Tables, load_tables
 from porter.pipeline.whole import whole_pieces
 from porter.source.library import Library
-from porter.source.marks import strip
 from porter.source.names import absolute
 from porter.source.tree import body, code
 
@@ -86,15 +94,27 @@ def port_pipeline(
         )
     finished = finish(library, analysis, f"get_{stem}_post_process_func")
     batch = batching(analysis, cut)
-    nodes = _definitions(library, analysis, cut, ported, finished, batch, tables, ruleset)
+    prepared = preparing(library, analysis, cut)
+    factory = f"get_{stem}_pre_process_func"
+    shown, printed = (
+        with_prepared(analysis, cut, prepared.media) if isinstance(prepared, Preparing) else (analysis, cut)
+    )
+    nodes = _definitions(library, shown, printed, ported, finished, batch, prepared, factory, tables, ruleset)
     features = {
         "cfg_parallel": _cfg_feature(analysis),
         "step_execution": Feature("generated") if cut.stepwise is None else Feature("unsupported", cut.stepwise.reason),
         "request_batch": Feature("unsupported", batch.reason) if isinstance(batch, Unknown) else Feature("generated"),
     }
+    if takes_media(analysis):
+        features["pre_process"] = (
+            Feature("unsupported", prepared.reason)
+            if isinstance(prepared, Unknown)
+            else Feature("generated", "; ".join(map(stays, prepared.media.refused)))
+        )
     return PipelinePort(
         source=f"diffusers.{cls.name}", arch=cls.name, module=f"pipeline_{stem}", cls=cls.name,
-        unit=Unit(tuple(nodes), cls.name), parameters=analysis.parameters, features=features, pre_process=None,
+        unit=Unit(tuple(nodes), cls.name), parameters=analysis.parameters, features=features,
+        pre_process=factory if isinstance(prepared, Preparing) else None,
         post_process=f"get_{stem}_post_process_func" if finished.function is not None else None, denoisers=tuple(ported),
         denoiser_reads=denoiser_reads(analysis),
         diagnostics=(*analysis.diagnostics, *_never_set(analysis, sorted(never))), statuses=analysis.statuses,
@@ -142,12 +162,14 @@ def _definitions(
     ported: Sequence[Denoiser],
     finished: Finish,
     batch: Merge | Join | Unknown,
+    prepared: Preparing | Unknown,
+    factory: str,
     tables: Tables,
     ruleset: RuleSet | None,
 ) -> list[Definition]:
     cls = analysis.members.cls
     home = lambda name, node: Definition(name, node, cls.module, cls.file)  # noqa: E731
-    shell = _class(analysis, cut, ported, finished, batch, tables)
+    shell = _class(analysis, cut, ported, finished, batch, isinstance(prepared, Preparing), tables)
     carried = module_definitions(library, analysis.members, [*code_nodes(analysis), *kept_constructor(analysis)])
     packages = optional_packages(library, analysis.members)
     out = [import_where_used(d, packages) for d in clean(carried, ruleset).definitions]
@@ -160,6 +182,10 @@ def _definitions(
     if isinstance(batch, Join):
         joining = render("pipeline/join_inputs.py.jinja", {}, branches=bool(batch.branches))
         out += [home(f.name.value, f) for f in joining]  # type: ignore[attr-defined]
+    if isinstance(prepared, Preparing):
+        dummy = "num_frames" in {p.name for p in analysis.parameters} and _is_read(analysis, cut, "num_frames")
+        function = pre_process_function(analysis, prepared, factory, dummy)
+        out += [home(f.name.value, f) for f in function]  # type: ignore[attr-defined]
     if finished.function is not None:
         out += [home(f.name.value, f) for f in finished.function]  # type: ignore[attr-defined]
     out.append(import_where_used(home(cls.name, shell), packages))
@@ -195,6 +221,7 @@ def _class(
     ported: Sequence[Denoiser],
     finished: Finish,
     batch: Merge | Join | Unknown,
+    prepares: bool,
     tables: Tables,
 ) -> cst.BaseStatement:
     cls = analysis.members.cls
@@ -215,7 +242,7 @@ def _class(
     loop = analysis.cut.loop if isinstance(analysis.cut, Regions) else None
     (node,) = render(
         "pipeline/pipeline.py.jinja", slots, cls=cls.name, doc=_docstring(analysis),
-        merges=isinstance(batch, Merge), joins=_joins(batch),
+        merges=isinstance(batch, Merge), joins=_joins(batch, prepares), prepares=prepares,
         steps=cut.stepwise is None, default_steps=steps,
         dit_modules=_texts(d.component for d in ported),
         encoder_modules=_texts(c.name for c in parts if c.role in ("text_encoder", "image_encoder")),
@@ -236,7 +263,7 @@ def _class(
         prompts=[p for p in taken if p.place == "prompt"], media=[p for p in taken if p.place == "media"],
         pictures="image" in keys.values(), media_keys=[(name, key) for name, key in keys.items() if name != key],
         extra=[p for p in taken if p.place == "extra"],
-        signature=[_parameter(arguments[p.name]) for p in taken],
+        signature=[declaration(arguments[p.name]) for p in taken],
         loop_inputs=cut.loop_inputs, predict_inputs=cut.predict_inputs, decode_inputs=cut.decode_inputs,
         decode_signature=cut.decode_signature, noise=cut.noise, returned=cut.returned,
         prediction=", ".join([cut.noise, *cut.extras]),
@@ -250,11 +277,12 @@ def _class(
     return node
 
 
-def _joins(batch: Merge | Join | Unknown) -> dict[str, str] | None:
+def _joins(batch: Merge | Join | Unknown, prepares: bool) -> dict[str, str] | None:
     """What the template prints about a join; an empty tuple is left out."""
     if not isinstance(batch, Join):
         return None
     groups = {name: getattr(batch, name) for name in ("arguments", "rows", "branches", "counts", "facts")}
+    groups["arguments"] += (ARGUMENT,) if prepares else ()
     return {name: _tuple(names) if names else "" for name, names in groups.items()}
 
 
@@ -313,13 +341,6 @@ def _sampling(parameter: Parameter, tables: Tables) -> str | None:
     if parameter.name == "num_frames":
         return f"{field} if is_dummy_run or {field} != {parameter.filler!r} else None"
     return f"{field} if {field} != {parameter.filler!r} else None"
-
-
-def _parameter(parameter: cst.Param) -> str:
-    default = code(parameter.default) if parameter.default is not None else None
-    annotation = f": {strip(code(parameter.annotation.annotation))}" if parameter.annotation is not None else ""
-    equals = f"{' = ' if annotation else '='}{default}" if default is not None else ""
-    return f"{parameter.name.value}{annotation}{equals}"
 
 
 def _docstring(analysis: Analysis) -> str:

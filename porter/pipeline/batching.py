@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,12 +14,9 @@ from porter.facts.pipeline.members import self_reads
 from porter.model import Unknown
 from porter.pipeline.analysis import Analysis
 from porter.pipeline.model import Parameter
-from porter.pipeline.parameters import is_text
+from porter.pipeline.parameters import is_setting, is_text
 from porter.pipeline.pieces import Pieces
 from porter.source.tree import code, find, same, self_attribute, walk
-
-_SETTINGS = frozenset({"int", "float", "bool", "None", "Optional", "typing"})
-"""Types of parameters that are never content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +131,7 @@ def _is_brought(parameter: Parameter, argument: cst.Param) -> bool:
     if parameter.place in ("refused", "outputs"):
         return False
     text = code(argument.annotation.annotation) if argument.annotation is not None else ""
-    if text and set(re.findall(r"\w+", text)) <= _SETTINGS:
+    if is_setting(argument):
         return False
     return parameter.place in ("prompt", "media") or parameter.name == "generator" or "Tensor" in text
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 import libcst as cst
 
 from porter.pipeline.model import Parameter, Place
 from porter.pipeline.tables import Tables
+from porter.source.marks import strip
 from porter.source.tree import code
 
 _NOT_MEDIA = frozenset({
     "embeds", "latents", "prompt", "scale", "size", "resolution", "strength", "guidance", "kwargs", "s", "seconds",
     "duration", "rate",
 })  # fmt: skip
+
+_SETTINGS = frozenset({"int", "float", "bool", "None", "Optional", "typing"})
+"""Types of parameters that are never content."""
 
 
 def request_parameters(parameters: Iterable[cst.Param], tables: Tables) -> tuple[Parameter, ...]:
@@ -61,3 +66,17 @@ def is_tensor(parameter: cst.Param) -> bool:
     text = code(parameter.annotation.annotation) if parameter.annotation is not None else ""
     name = parameter.name.value
     return "Tensor" in text and ("prompt" in name or name.endswith("latents") or "embeds" in name)
+
+
+def is_setting(parameter: cst.Param) -> bool:
+    """Whether the annotation speaks of plain values only, so that the parameter is never content."""
+    text = code(parameter.annotation.annotation) if parameter.annotation is not None else ""
+    return bool(text) and set(re.findall(r"\w+", text)) <= _SETTINGS
+
+
+def declaration(parameter: cst.Param) -> str:
+    """A parameter as a signature has it."""
+    default = code(parameter.default) if parameter.default is not None else None
+    annotation = f": {strip(code(parameter.annotation.annotation))}" if parameter.annotation is not None else ""
+    equals = f"{' = ' if annotation else '='}{default}" if default is not None else ""
+    return f"{parameter.name.value}{annotation}{equals}"

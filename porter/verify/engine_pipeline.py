@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -189,12 +190,27 @@ def step_mode(runner: Any, requests: list[Any]) -> list[Any]:
     return [outputs[r.request_id] for r in requests]
 
 
+def prepare(od_config: Any, requests: list[Any]) -> list[str]:
+    """Pre-process requests as the engine process does, before they go to a worker; names of what was prepared.
+
+    Prompts take the way through pickle, as between the engine's processes.
+    """
+    from vllm_omni.diffusion.registry import get_diffusion_pre_process_func
+
+    function = get_diffusion_pre_process_func(od_config)
+    names: set[str] = set()
+    for index, request in enumerate(requests):
+        if function is not None:
+            requests[index] = request = function(request)
+            request.prompt = pickle.loads(pickle.dumps(request.prompt))
+            names |= (request.prompt.get("additional_information") or {}).get("prepared_media", {}).keys()
+    return sorted(names)
+
+
 def one_call(
     s: engine_session.Session, runner: Any, port: Port, call: Mapping[str, Any], mode: str, batched: bool
 ) -> dict[str, Any]:
-    """What one call did: steps, calls, first_call, timesteps, output, error, reach."""
-    from vllm_omni.diffusion.registry import get_diffusion_pre_process_func
-
+    """What one call did: steps, calls, first_call, timesteps, output, error, reach, prepared."""
     record: dict[str, Any] = {
         "steps": [],
         "calls": 0,
@@ -203,15 +219,15 @@ def one_call(
         "reach": {},
         "others": [],
         "each": [],
+        "prepared": [],
     }
     error, outputs, start = None, [], time.perf_counter()
     denoisers = tuple(d.component for d in port.denoisers)
     try:
         requests, reach = requests_of(call)
         record["reach"] = reach
-        prepare = get_diffusion_pre_process_func(s.od_config)
-        if prepare is not None:
-            requests = [prepare(r) or r for r in requests]
+        if not call.get("unprepared"):
+            record["prepared"] = prepare(s.od_config, requests)
         torch.manual_seed(GLOBAL_SEED)
         with recorded(runner.pipeline, denoisers, record, call.get("stop_after")), seeded_encoding(runner.pipeline):
             results = step_mode(runner, requests) if mode == "step" else request_mode(runner, requests, batched)

@@ -21,6 +21,9 @@ class Again(StrEnum):
 ALL_RUNS = "all runs"
 """Name of the result that sums up the runs of all cases."""
 
+PRE_PROCESS = "pre-process"
+"""Name of the result that says whether media were prepared before they reached the worker."""
+
 BOUND = 1e-5
 """Largest relative L2 error of a float32 comparison. A correct port is bit-exact or near 1e-6."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from porter.emit.write import write_atomically
 from porter.evidence import ORDER
-from porter.verify.outcome import ALL_RUNS, BOUND, CaseResult, RungResult
+from porter.verify.outcome import ALL_RUNS, BOUND, PRE_PROCESS, CaseResult, RungResult
 from porter.verify.parts import parts_of
 
 if TYPE_CHECKING:
@@ -155,7 +155,20 @@ def feature_states(rungs: tuple[RungResult, ...]) -> dict[str, dict[str, Any]]:
         if feature is None:
             continue
         states[feature] = _merge(states.get(feature), _state(rung))
+        prepared = next((c for c in rung.cases if c.name == PRE_PROCESS), None)
+        if prepared is not None:
+            states["pre_process"] = _pre_process(rung, prepared)
     return states
+
+
+def _pre_process(rung: RungResult, prepared: CaseResult) -> dict[str, Any]:
+    """Validated where media were prepared outside of the worker and every request gave Diffusers' values with them."""
+    if prepared.status != "passed":
+        state = "unsupported" if prepared.status == "failed" else "not tested"
+        return {"status": state, "reason": prepared.message}
+    if rung.status == "failed":
+        return {"status": "limited", "reason": f"fails: {', '.join(c.name for c in rung.failures()[:6])}"}
+    return {"status": "validated", "evidence": {"rung": rung.rung, **prepared.figures}}
 
 
 def _state(rung: RungResult) -> dict[str, Any]:

@@ -450,6 +450,35 @@ def guidance_sign(node: ast.AST) -> ast.AST | None:
     return None
 
 
+def _in_pre_processing(change: Callable[[ast.FunctionDef], int]) -> Change:
+    """A change of the pre-process function's factory alone, not of what the worker does without it."""
+
+    def apply(tree: ast.Module) -> int:
+        found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.endswith("_pre_process_func")]
+        return sum(map(change, found))
+
+    return apply
+
+
+def picture_in_another_range(factory: ast.FunctionDef) -> int:
+    """The engine process prepares pictures in [0, 1]."""
+    built = [n.value for n in factory.body if isinstance(n, ast.Assign) and name_of(n.targets[0]) == "image_processor"]
+    for call in built:
+        if isinstance(call, ast.Call):
+            call.keywords.append(ast.keyword("do_normalize", ast.Constant(False)))
+    return len(built)
+
+
+def nothing_prepared(factory: ast.FunctionDef) -> int:
+    """The engine process prepares nothing, and nobody notices, as the worker does it then."""
+    functions = [n for n in factory.body if isinstance(n, ast.FunctionDef) and n.name == "prepare_media"]
+    for function in functions:
+        function.body = [ast.Return(ast.Dict([], []))]
+    return len(functions)
+
+
+PICTURES = "FluxInpaintPipeline"
+
 FAULTS = (
     Fault("key and value swapped", "module", ("no-mask",), "transformer", rewrite(swap_key_and_value)),
     Fault("mask dropped", "module", ("masked-text",), "transformer", rewrite(drop_mask)),
@@ -484,5 +513,9 @@ FAULTS = (
     Fault("outputs of a batch in another order", "pipeline", ("two-prompts",), "pipeline", outputs_reversed),
     Fault("requests of other settings in one call", "batch", ("other-settings",), "pipeline",
           rewrite(settings_not_compared)),
+    Fault("pictures prepared in another range", "pipeline", ("plain",), "pipeline",
+          _in_pre_processing(picture_in_another_range), subject=PICTURES),
+    Fault("pictures left to the worker", "pipeline", ("plain",), "pipeline",
+          _in_pre_processing(nothing_prepared), subject=PICTURES),
     Fault("noise without the request's generator", "pipeline", ("plain",), "pipeline", rewrite(other_noise)),
 )  # fmt: skip

@@ -10,8 +10,9 @@ from typing import Any
 
 from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.compare import difference, rounded
+from porter.verify.engine_requests import Reach, reach_of
 from porter.verify.manifest import Port
-from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of, skipped
+from porter.verify.outcome import BOUND, PRE_PROCESS, CaseResult, RungResult, VerifyError, rung_of, skipped
 from porter.verify.pipeline_spec import PipelineSpec, RequestCase, request_table
 
 MUST_WORK = frozenset({"plain", "negative-prompt", "everything-given", "odd-size", "latent-output", "guided"})
@@ -139,8 +140,10 @@ def pipeline(
     table = table_of(bench, spec, cases)
     pairs = reference(bench, spec, checkpoint, table)
     out = bench.path("port")
+    again = _in_worker(port, table, pairs)
+    calls = [p["call"] for p in pairs] + [pairs[n]["call"] | {"unprepared": True} for n in again]
     try:
-        bench.engine(port_job(generated, port, checkpoint, [p["call"] for p in pairs], out=out))
+        bench.engine(port_job(generated, port, checkpoint, calls, out=out))
     except JobError as error:
         message = f"the engine cannot load the port: {error}"[:600]
         case = CaseResult("load", "failed", message, seconds=clock(), where={"traceback": error.trace[-2500:]})
@@ -148,9 +151,37 @@ def pipeline(
     records = torch.load(out, weights_only=True)
     results = [
         timed(judge(case, pair["want"], got), pair["want"], got)
-        for case, pair, got in zip(table, pairs, records, strict=True)
+        for case, pair, got in zip(table, pairs, records, strict=False)
     ]  # fmt: skip
+    for n, got in zip(again, records[len(pairs) :], strict=True):
+        results.append(
+            timed(judge(replace(table[n], name=f"{table[n].name}-in-worker"), pairs[n]["want"], got), {}, got)
+        )
+    if port.pre_process is not None:
+        results.append(_pre_process(table, pairs, records))
     return rung_of("pipeline", port.source_class, results, clock())
+
+
+def _in_worker(port: Port, table: list[RequestCase], pairs: list[dict[str, Any]]) -> list[int]:
+    """The request that is run once more with its media as they came, for a port with a pre-process function."""
+    fit = [n for n, c in enumerate(table) if _brings_media(c) and not pairs[n]["want"]["error"]]
+    return fit[:1] if port.pre_process is not None else []
+
+
+def _brings_media(case: RequestCase) -> bool:
+    return any(reach_of(name, frozenset()) is Reach.MEDIA for name in (*case.images, *case.tensors))
+
+
+def _pre_process(table: list[RequestCase], pairs: list[dict[str, Any]], records: list[dict[str, Any]]) -> CaseResult:
+    """Whether the function that runs in the engine process did prepare what the port then took."""
+    asked = [n for n, c in enumerate(table) if _brings_media(c) and not pairs[n]["want"]["error"]]
+    idle = [table[n].name for n in asked if not records[n]["prepared"]]
+    names = sorted({name for n in asked for name in records[n]["prepared"]})
+    figures = {"prepared": names, "requests": len(asked)}
+    if not asked:
+        return CaseResult(PRE_PROCESS, "skipped", "no request of the table brings media", figures)
+    message = f"nothing was prepared for {', '.join(idle[:6])}" if idle else ""
+    return CaseResult(PRE_PROCESS, "failed" if idle else "passed", message, figures)
 
 
 def judge(case: RequestCase, want: Mapping[str, Any], got: Mapping[str, Any]) -> CaseResult:
