@@ -108,6 +108,43 @@ def test_a_tensor_whose_rank_is_tested_counts_tokens_in_that_rank_alone():
     assert [(e.variable, e.axis, e.rank) for e in plan(block).tables] == [("temb", -2, 3)]
 
 
+def test_positions_in_a_tuple_of_tuples_are_divided():
+    block = QKV + "q = q * F.embedding(freqs[1][0], freqs[0][0])[:, :, None]\nreturn self.attn(q, k, v).flatten(2)\n"
+    found = plan(block, arguments="x, freqs", loop="x = block(x, freqs)", inputs="x, freqs")
+    assert [(e.variable, e.path, e.axis) for e in found.tables] == [("freqs", (1, 0), -1)]
+
+
+VECTOR = {"before": "temb = self.embed(temb)\n", "inputs": "x, temb"}
+
+
+def modulations(block, **more):
+    found = plan(block, **{**VECTOR, **more})
+    return [(e.variable, e.axis, e.rank) for e in found.modulations], [e.variable for e in found.undivided]
+
+
+def test_a_modulation_of_unknown_shape_may_have_one_entry_per_token():
+    assert modulations("x = x * temb\n" + SELF) == ([("temb", -2, 3)], [])
+    either = "shift = temb\nif temb.ndim == 2:\n    shift = temb.unsqueeze(1)\nx = x + shift\n"
+    assert modulations(either + SELF) == ([("temb", -2, 3)], [])
+
+
+@pytest.mark.parametrize("block", ["x = x * temb[:, None]\n", "x = x * self.norm(temb)[:, None].chunk(2, dim=1)[0]\n"])
+def test_a_vector_of_the_request_has_not(block):
+    assert modulations(block + SELF) == ([], [])
+    assert modulations("x = x * temb\n" + SELF, before="temb = self.embed(temb)[:, None]\n") == ([], [])
+
+
+def test_what_is_also_used_in_a_way_that_can_t_be_followed_is_not_divided():
+    assert modulations("x = x * temb * self.scale(temb)\n" + SELF) == ([], ["temb"])
+
+
+def test_a_table_that_is_read_behind_the_tokens_is_whole_there():
+    block = {"arguments": "x, freqs", "loop": "x = block(x, freqs)", "inputs": "x, freqs"}
+    found = plan("x = x * freqs\n" + SELF, after="x = self.proj_out(x)\nreturn x * freqs", **block)
+    assert (found.gather.module, found.restored) == ("proj_out", ("freqs",))
+    assert plan("x = x * freqs\n" + SELF, after="x = self.proj_out(x)\nreturn x", **block).restored == ()
+
+
 MASKED = QKV + "return x + self.attn(q, k, v, attn_metadata=AttentionMetadata(attn_mask=mask)).flatten(2)\n"
 WITH_MASK = {"arguments": "x, mask", "loop": "x = block(x, mask)", "inputs": "x, mask"}
 

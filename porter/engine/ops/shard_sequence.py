@@ -28,7 +28,11 @@ def shard_sequence(site: Site, unit: Unit, args: Mapping[str, object]) -> list[E
     assert init is not None
     tables = _by_variable(plan.tables)
     single = {v: rows for v, rows in tables.items() if len(rows[0].parts) == 1}
-    points = [*single, *(s.name for s in plan.streams)]
+    points = [
+        *(m.variable for m in plan.modulations),
+        *(p for v, rows in single.items() for p in _points(v, rows)),
+        *(s.name for s in plan.streams),
+    ]
     built = [f"self.shard_{v} = {IDENTITY}()\n" for v in points]
     gathers = (plan.gather, *plan.gather.also)
     if plan.gather.module is None:
@@ -38,9 +42,11 @@ def shard_sequence(site: Site, unit: Unit, args: Mapping[str, object]) -> list[E
         inserted(tree.body(init)[-1], [s for text in built for s in tree.statements(text)]),
         inserted(plan.start, tree.statements("".join(_divide(plan, tables, single))), after=False),
     ]
+    behind = [f"{v} = whole_{v}\n" for v in plan.restored]
     if plan.gather.module is None:
-        lines = [tree.statement(f"{g.variable} = self.gather_{g.variable}({g.variable})\n") for g in gathers]
-        edits.append(inserted(plan.gather.statement, lines))
+        behind = [f"{g.variable} = self.gather_{g.variable}({g.variable})\n" for g in gathers] + behind
+    if behind:
+        edits.append(inserted(plan.gather.statement, [tree.statement(line) for line in behind]))
     return edits
 
 
@@ -51,13 +57,23 @@ def _by_variable(tables: Sequence[Entry]) -> dict[str, list[Entry]]:
     return found
 
 
+def _points(variable: str, entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Points at which a variable is divided, one for each tuple of tensors in it: its tensors by the point's name."""
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault("_".join([variable, *map(str, entry.path[:-1])]), []).append(entry)
+    return found
+
+
 def _plan_text(plan: SequencePlan, single: Mapping[str, list[Entry]]) -> str:
     """The engine counts a region of divided tokens as open from each `split_output` to a gather: only what is gathered is
     divided as an output, so that nothing is open after the forward. All else is divided as the input of its point."""
     rows = []
     for variable, entries in single.items():
-        specs = ", ".join(_table(e) for e in sorted(entries, key=lambda e: e.path))
-        rows.append(f'"shard_{variable}": {{"input": {f"[{specs}]" if entries[0].path else specs}}},')
+        for point, inside in _points(variable, entries).items():
+            specs = ", ".join(_table(e) for e in sorted(inside, key=lambda e: e.path))
+            rows.append(f'"shard_{point}": {{"input": {f"[{specs}]" if inside[0].path else specs}}},')
+    rows += [f'"shard_{m.variable}": {{"input": {_table(m)}}},' for m in plan.modulations]
     gathered = {each.stream for each in (plan.gather, *plan.gather.also)}
     for stream in plan.streams:
         key, output = ("0", "split_output=True, ") if stream.name in gathered else ('"input"', "")
@@ -90,20 +106,49 @@ def _divide(plan: SequencePlan, tables: Mapping[str, list[Entry]], single: Mappi
         f'    raise NotImplementedError("tokens of `{cls}` can not be divided between the ranks of sequence parallelism")\n'
         for blocks, cls in plan.mixing
     ]
+    lines += [
+        f"if {_per_token(m, plan)} and self.od_config.parallel_config.sequence_parallel_size > 1:\n"
+        f'    raise NotImplementedError("`{m.variable}` of every token can not be divided between the ranks of sequence '
+        'parallelism")\n'
+        for m in plan.undivided
+    ]
+    lines += [f"whole_{v} = {v}\n" for v in plan.restored]
+    lines += [f"if {_per_token(m, plan)}:\n    {_pointed(m.variable, m.variable, ())}\n" for m in plan.modulations]
     axes = {s.name: s.axis for s in plan.streams}
     for variable, entries in tables.items():
-        line = f"{variable} = self.shard_{variable}({variable})"
+        steps = [_pointed(variable, p, rows[0].path[:-1]) for p, rows in _points(variable, entries).items()]
         if variable not in single:
             axis = entries[0].axis
             lengths = ", ".join(f"{p}.shape[{axes[p]}]" for p in entries[0].parts)
-            line = f"{variable} = {STREAMS}({variable}, {axis}, ({lengths}))"
+            steps = [f"{variable} = {STREAMS}({variable}, {axis}, ({lengths}))"]
             if entries[0].path:
-                line = f"{variable} = tuple({STREAMS}(table, {axis}, ({lengths})) for table in {variable})"
-        lines.append(_guarded(variable, line, plan))
-    lines += [_guarded(s.name, f"{s.name} = self.shard_{s.name}({s.name})", plan) for s in plan.streams]
+                steps = [f"{variable} = tuple({STREAMS}(table, {axis}, ({lengths})) for table in {variable})"]
+        lines += _guarded(variable, steps, plan)
+    for s in plan.streams:
+        lines += _guarded(s.name, [f"{s.name} = self.shard_{s.name}({s.name})"], plan)
     lines += [f"{name} = {stream.name}.shape[{stream.axis}]\n" for name, stream in plan.recounted]
     return lines
 
 
-def _guarded(variable: str, line: str, plan: SequencePlan) -> str:
-    return f"if {variable} is not None:\n    {line}\n" if variable in plan.optional else f"{line}\n"
+def _per_token(entry: Entry, plan: SequencePlan) -> str:
+    """Test for what has one entry per token, or one for all."""
+    assert entry.rank is not None
+    name = entry.variable
+    given = f"{name} is not None and " if name in plan.optional else ""
+    return f"{given}{name}.ndim == {entry.rank} and {name}.shape[{entry.axis + entry.rank}] > 1"
+
+
+def _pointed(variable: str, point: str, outer: tuple[int, ...]) -> str:
+    """The statement that divides a variable, or the tuple `outer` of the tuple that it is."""
+    if not outer:
+        return f"{variable} = self.shard_{point}({variable})"
+    (at,) = outer
+    before = f"*{variable}[:{at}], " if at else ""
+    return f"{variable} = ({before}self.shard_{point}({variable}[{at}]), *{variable}[{at + 1}:])"
+
+
+def _guarded(variable: str, steps: Sequence[str], plan: SequencePlan) -> list[str]:
+    """Statements for a variable that may be None."""
+    if variable not in plan.optional:
+        return [f"{step}\n" for step in steps]
+    return [f"if {variable} is not None:\n" + "".join(f"    {step}\n" for step in steps)]

@@ -9,7 +9,7 @@ import libcst as cst
 from msgspec import Struct
 
 from porter.facts.sequence import shapes
-from porter.facts.sequence.tables import PER_TOKEN, Entry
+from porter.facts.sequence.tables import PER_TOKEN, Met
 from porter.facts.sequence.values import (
     FIXED,
     OTHER,
@@ -66,7 +66,7 @@ class Findings:
 
     counted: dict[int, Counted] = field(default_factory=dict)
     attention: dict[int, list[AttentionUse]] = field(default_factory=dict)
-    met: set[Entry] = field(default_factory=set)
+    met: Met = field(default_factory=Met)
     calls: dict[tuple[object, ...], Value] = field(default_factory=dict)
     mixing: set[tuple[str, str]] = field(default_factory=set)
 

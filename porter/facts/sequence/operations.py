@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from msgspec.structs import replace
 
 from porter.facts.sequence import shapes
-from porter.facts.sequence.tables import Entry, entries
+from porter.facts.sequence.tables import Met, entries, perhaps
 from porter.facts.sequence.values import (
     OTHER,
     Const,
@@ -49,8 +49,6 @@ _MADE_BY_SHAPE = frozenset({"ones", "zeros", "full", "empty", "new_ones", "new_z
 OF_ALL_TOKENS = frozenset({"torch.nn.functional.pad", "porter_template.valid_keys", "math.log"})
 """Functions of something that every rank has in full: a number of tokens they are given counts those of all ranks."""
 
-Meet = set[Entry]
-
 
 def pointwise(cls: str) -> bool:
     return cls in POINTWISE or cls.startswith((*_LINEARS, *_NORMS))
@@ -68,7 +66,7 @@ def apply_pointwise(cls: str, value: Value) -> Value:
     return value
 
 
-def combine(values: Sequence[Value], met: Meet) -> Value:
+def combine(values: Sequence[Value], met: Met) -> Value:
     """Elementwise: tokens with tokens, and with what every rank has in full, which may have one entry per token."""
     flat = [v for value in values for v in flattened(value)]
     tokens = [v for v in flat if isinstance(v, Tokens)]
@@ -85,14 +83,19 @@ def combine(values: Sequence[Value], met: Meet) -> Value:
             raise NotShardable("tokens of different streams or axes are combined")
     for each in flat:
         if isinstance(each, Whole):
-            for entry in entries(each, first.axis - rank, rank):
+            found = entries(each, first.axis - rank, rank)
+            for entry in found:
                 if len(first.parts) > 1 and entry.rank is not None:
                     raise NotShardable(f"{entry.variable} counts tokens of several streams in one of its ranks")
-                met.add(replace(entry, parts=first.parts))
+                met.entries.add(replace(entry, parts=first.parts))
+            if not found and len(first.parts) == 1:
+                more = perhaps(each, first.axis - rank, rank)
+                met.entries |= {replace(e, parts=first.parts) for e in more.entries}
+                met.hidden |= more.hidden
     return first
 
 
-def method(name: str, x: Tokens, args: Sequence[Value], kwargs: Mapping[str, Value], met: Meet) -> Value:
+def method(name: str, x: Tokens, args: Sequence[Value], kwargs: Mapping[str, Value], met: Met) -> Value:
     """A method of a tensor, or a function of torch whose first argument it is."""
 
     def arg(at: int, *names: str) -> Value | None:
@@ -171,7 +174,7 @@ def made(args: Sequence[Value]) -> Value:
     return Tokens(len(sizes), lengths[0], length.parts)
 
 
-def function(name: str, args: Sequence[Value], kwargs: Mapping[str, Value], met: Meet) -> Value:
+def function(name: str, args: Sequence[Value], kwargs: Mapping[str, Value], met: Met) -> Value:
     """A function by qualified name, where some argument holds tokens or their number."""
     short = name.rpartition(".")[2]
     if not name.startswith(_FUNCTIONS):
@@ -249,7 +252,7 @@ def whole_method(name: str, x: Value, args: Sequence[Value], kwargs: Mapping[str
         return view("transpose", shapes.number(args[0]), shapes.number(args[1]))
     if name == "unflatten" and len(args) == 2 and isinstance(args[1], Many):
         return view("unflatten", first, len(args[1].items))
-    if name == "view_as_real":
+    if name in ("view_as_real", "embedding"):  # looked up, every index is a vector
         return view("grow")
     if name == "view_as_complex":
         return view("shrink")

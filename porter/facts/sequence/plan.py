@@ -10,7 +10,7 @@ from porter.facts.module_tree import module_tree
 from porter.facts.sequence.calls import AttentionUse, Counted, Env, Findings
 from porter.facts.sequence.classes import Classes
 from porter.facts.sequence.follow import Frame
-from porter.facts.sequence.region import block_loops, handed_on, maybe_none, read_after
+from porter.facts.sequence.region import block_loops, handed_on, maybe_none, read_after, read_behind
 from porter.facts.sequence.shapes import Joined, Parallel
 from porter.facts.sequence.tables import Entry, variables
 from porter.facts.sequence.values import (
@@ -62,16 +62,21 @@ class Stream(Struct, frozen=True):
 class SequencePlan(Struct, frozen=True):
     """How one denoiser is divided.
 
-    `start` is the loop before which the tokens are divided; `streams` the variables that hold tokens there; `tables` what
-    has one entry per token; `attention` every attention call and what it is given; `optional` the variables that may be None
-    at the start; `refused` the inputs that the plan has no place for, which must be None;
-    `mixing` lists of blocks and a class of blocks they may be of, which mixes tokens; `recounted` the
-    variables that hold the number of tokens of a stream; `counted` the expressions whose number of tokens is that of all ranks.
+    `start` is the loop before which the tokens are divided; `streams` the variables that hold tokens there; `tables` what has
+    one entry per token; `modulations` what has one or is the same for all, and `undivided` that of it which must be the same;
+    `restored` what of these is needed whole behind the place where tokens are put together; `attention` every attention call
+    and what it is given; `optional` the variables that may be None at the start; `refused` the inputs that the plan has no
+    place for, which must be None; `mixing` lists of blocks and a class of blocks they may be of, which mixes tokens;
+    `recounted` the variables that hold the number of tokens of a stream; `counted` the expressions whose number of tokens is
+    that of all ranks.
     """
 
     start: cst.BaseStatement
     streams: tuple[Stream, ...]
     tables: tuple[Entry, ...]
+    modulations: tuple[Entry, ...]
+    undivided: tuple[Entry, ...]
+    restored: tuple[str, ...]
     attention: tuple[AttentionUse, ...]
     gather: Gather
     optional: frozenset[str]
@@ -183,26 +188,32 @@ class _Search:
             assert problem is not None
             raise problem
         singles = [Gather(self.region[-1], None, s.name, s.name) for s in streams if s.rank == 3]
-        candidates = [*reversed(scan.calls), *singles, replace(singles[0], also=tuple(singles[1:]))]
-        for candidate in candidates:
-            run = self.follow(streams, candidate)
+        places = [*reversed(scan.calls), *singles, replace(singles[0], also=tuple(singles[1:]))]
+        for place in places:
+            run = self.follow(streams, place)
+            tables = tuple(sorted(run.findings.met.entries, key=lambda e: (e.variable, e.path, e.axis, e.rank or 0)))
+            certain = tuple(t for t in tables if t.certain)
+            needed = read_behind(self.forward, place.statement)
             if run.problem is None:
-                tables = tuple(sorted(run.findings.met, key=lambda e: (e.variable, e.path, e.axis, e.rank or 0)))
-                self._check(tables)
+                self._check(certain)
                 attention = tuple(u for uses in run.findings.attention.values() for u in uses)
                 _check_attention(attention)
-                mixing = tuple(sorted(run.findings.mixing))
+                modulations, undivided = _modulations(tables, run.findings.met.hidden)
+                divided = dict.fromkeys(t.variable for t in (*modulations, *certain))
                 return SequencePlan(
                     self.region[0],
                     streams,
-                    tables,
+                    certain,
+                    modulations,
+                    undivided,
+                    tuple(v for v in divided if v in needed),
                     attention,
-                    candidate,
+                    place,
                     run.optional,
                     self.refused,
-                    mixing,
+                    tuple(sorted(run.findings.mixing)),
                     tuple(sorted(run.recounted.items())),
-                    _counted(run.findings, tables, attention),
+                    _counted(run.findings, certain, attention),
                 )
             problem = problem or run.problem
         raise problem if problem is not None else NotShardable("the tokens can't be put together again")
@@ -224,7 +235,7 @@ class _Search:
             seen[key] = entry
             if not entry.variable:
                 raise NotShardable("a tensor is grown to the number of all tokens")
-            if len(entry.path) > 1:
+            if len(entry.path) > 2 or (len(entry.path) == 2 and len(entry.parts) > 1):
                 raise NotShardable(f"{entry.variable} is a nested tuple")
         for variable in {e.variable for e in tables if e.path}:
             if sorted(e.path[0] for e in tables if e.variable == variable and e.path) != [0, 1]:
@@ -240,6 +251,20 @@ def _counted(findings: Findings, tables: tuple[Entry, ...], attention: tuple[Att
         if each.owner in whole_keys:
             raise NotShardable(f"{each.owner} counts divided tokens and whole ones")
     return found
+
+
+def _modulations(tables: tuple[Entry, ...], elsewhere: set[str]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """What may have one entry per token: that which is divided then, and that which can't be, because it has another use."""
+    divided = {t.variable for t in tables if t.certain}
+    found: dict[str, Entry] = {}
+    for entry in tables:
+        if not entry.certain and entry.variable not in divided:
+            if found.setdefault(entry.variable, entry) != entry:
+                elsewhere = elsewhere | {entry.variable}
+    entries = found.values()
+    return tuple(e for e in entries if e.variable not in elsewhere), tuple(
+        e for e in entries if e.variable in elsewhere
+    )
 
 
 def _check_attention(uses: tuple[AttentionUse, ...]) -> None:

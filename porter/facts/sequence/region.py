@@ -43,6 +43,13 @@ def read_after(forward: cst.FunctionDef, loop: cst.BaseStatement) -> frozenset[s
     return frozenset(n.value for n in nodes[start:] if isinstance(n, cst.Name))
 
 
+def read_behind(forward: cst.FunctionDef, statement: cst.BaseStatement) -> frozenset[str]:
+    """Names that occur behind a statement."""
+    nodes = list(tree.walk(forward.body))
+    start = next(i for i, n in enumerate(nodes) if n is statement) + sum(1 for _ in tree.walk(statement))
+    return frozenset(n.value for n in nodes[start:] if isinstance(n, cst.Name))
+
+
 def maybe_none(forward: cst.FunctionDef) -> set[str]:
     """Variables that may hold None: set so somewhere, or optional inputs that nothing else is assigned to."""
     absent: set[str] = set()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 
 from msgspec import Struct
 
-from porter.facts.sequence.values import NotShardable, Value, Whole, per_token
+from porter.facts.sequence.values import NotShardable, Value, Whole, origins, per_token
 
 PER_TOKEN = re.compile(r"rotary|rope|freqs|(^|_)(cos|sin|ids)($|_)|pos(ition)?_?emb|mask|indices|index", re.IGNORECASE)
 """Words of variables and modules that hold one entry per token."""
@@ -16,6 +17,7 @@ class Entry(Struct, frozen=True):
     """A variable (or element `path` of one) with one entry per token, along `axis` counted from the last one.
 
     `rank` is set where the tensor counts tokens only in one of several ranks; `parts` are the streams whose tokens it counts.
+    One that is not `certain` has one entry per token or one for all.
     """
 
     variable: str
@@ -23,6 +25,15 @@ class Entry(Struct, frozen=True):
     axis: int
     rank: int | None
     parts: tuple[str, ...] = ()
+    certain: bool = True
+
+
+@dataclass
+class Met:
+    """What tokens were combined with: entries per token, and variables that passed a function that is not followed."""
+
+    entries: set[Entry] = field(default_factory=set)
+    hidden: set[str] = field(default_factory=set)
 
 
 def entries(value: Value, axis: int, rank: int) -> set[Entry]:
@@ -32,7 +43,10 @@ def entries(value: Value, axis: int, rank: int) -> set[Entry]:
     length and the number of tokens of a rank differ; the other way round it would be wrong in silence. A table may have
     one axis less than the tokens (`[S, 1, D]`), which matters where its axes are counted from the left.
     """
-    return _entries(value, axis, rank) or (_entries(value, axis, rank - 1) if rank - 1 >= -axis else set())
+    found = _entries(value, axis, rank)
+    if found or rank - 1 < -axis:
+        return found
+    return {e for e in _entries(value, axis, rank - 1) if e.rank is None}
 
 
 def _entries(value: Value, axis: int, rank: int) -> set[Entry]:
@@ -45,6 +59,44 @@ def _entries(value: Value, axis: int, rank: int) -> set[Entry]:
             seen.add(state)
             found |= _step(*state, pending)
     return found
+
+
+def perhaps(value: Value, axis: int, rank: int) -> Met:
+    """Variables whose axis may be as long as the tokens, or 1: tensors of `rank` axes of which nothing tells.
+
+    Only these lengths can be combined with tokens, so the length tells when the model runs.
+    """
+    found = Met()
+    pending: list[tuple[Value, int, int, tuple[int, ...], int | None]] = [(value, axis, rank, (), None)]
+    seen: set[tuple[Value, int, int, tuple[int, ...], int | None]] = set()
+    while pending:
+        state = pending.pop()
+        at, axis, rank, path, _ = state
+        if state in seen:
+            continue
+        seen.add(state)
+        if isinstance(at, Whole) and at.kind == "boundary":
+            if not path and rank >= -axis and at.base and _open(at.base[0], axis, rank):
+                found.entries.add(Entry(at.name, (), axis, rank, certain=False))
+        elif isinstance(at, Whole) and at.kind == "opaque":
+            found.hidden |= origins(at)
+        else:
+            _step(*state, pending)
+    return found
+
+
+def _open(value: Value, axis: int, rank: int) -> bool:
+    """Whether nothing tells how long an axis is."""
+    pending: list[tuple[Value, int, int, tuple[int, ...], int | None]] = [(value, axis, rank, (), None)]
+    seen: set[tuple[Value, int, int, tuple[int, ...], int | None]] = set()
+    while pending:
+        state = pending.pop()
+        if isinstance(state[0], Whole) and state[0].kind in ("source", "opaque"):
+            return True
+        if state not in seen:
+            seen.add(state)
+            _step(*state, pending)
+    return False
 
 
 def variables(value: Value, axis: int, rank: int) -> set[str]:
