@@ -109,9 +109,10 @@ def test_a_tensor_whose_rank_is_tested_counts_tokens_in_that_rank_alone():
 
 
 def test_positions_in_a_tuple_of_tuples_are_divided():
-    block = QKV + "q = q * F.embedding(freqs[1][0], freqs[0][0])[:, :, None]\nreturn self.attn(q, k, v).flatten(2)\n"
+    rows, columns = (f"F.embedding(freqs[1][{i}], freqs[0][{i}])[:, :, None]" for i in range(2))
+    block = QKV + f"q = q * {rows} * {columns}\nreturn self.attn(q, k, v).flatten(2)\n"
     found = plan(block, arguments="x, freqs", loop="x = block(x, freqs)", inputs="x, freqs")
-    assert [(e.variable, e.path, e.axis) for e in found.tables] == [("freqs", (1, 0), -1)]
+    assert [(e.variable, e.path, e.axis) for e in found.tables] == [("freqs", (1, 0), -1), ("freqs", (1, 1), -1)]
 
 
 VECTOR = {"before": "temb = self.embed(temb)\n", "inputs": "x, temb"}

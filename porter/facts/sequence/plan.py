@@ -237,9 +237,13 @@ class _Search:
                 raise NotShardable("a tensor is grown to the number of all tokens")
             if len(entry.path) > 2 or (len(entry.path) == 2 and len(entry.parts) > 1):
                 raise NotShardable(f"{entry.variable} is a nested tuple")
-        for variable in {e.variable for e in tables if e.path}:
-            if sorted(e.path[0] for e in tables if e.variable == variable and e.path) != [0, 1]:
-                raise NotShardable(f"{variable} is a tuple of which not both elements count tokens")
+        tuples: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for entry in tables:
+            if entry.path:
+                tuples.setdefault((entry.variable, entry.path[:-1]), []).append(entry.path[-1])
+        for (variable, _), elements in tuples.items():
+            if len(elements) < 2 or sorted(elements) != list(range(len(elements))):
+                raise NotShardable(f"{variable} is a tuple of which not all elements count tokens")
 
 
 def _counted(findings: Findings, tables: tuple[Entry, ...], attention: tuple[AttentionUse, ...]) -> tuple[Counted, ...]:
