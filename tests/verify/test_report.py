@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -57,6 +58,23 @@ def test_features_are_validated_only_by_cases_that_passed() -> None:
     assert states["transformer"] | {"evidence": 0} == {"status": "limited", "reason": "fails: b", "evidence": 0}
     assert states["cfg_parallel"]["status"] == "unsupported"
     assert states["step_execution"] == {"status": "not tested", "reason": "the port does not offer step execution"}
+
+
+@pytest.mark.parametrize(
+    ("status", "beside", "state"),
+    [("passed", GOOD, "validated"), ("passed", BAD, "limited"), ("failed", GOOD, "unsupported"),
+     ("skipped", GOOD, "not tested")],
+)  # fmt: skip
+def test_preparing_media_is_a_feature_of_its_own(status: Any, beside: CaseResult, state: str) -> None:
+    case = CaseResult("pre-process", status, "why", {"prepared": ["image"], "requests": 3})
+    found = feature_states((rung_of("pipeline", "Foo", [beside, case], 1.0),))["pre_process"]
+    assert found["status"] == state
+    if state == "validated":
+        assert found["evidence"] == {"rung": "pipeline", "prepared": ["image"], "requests": 3}
+
+
+def test_a_port_without_the_function_has_no_such_feature() -> None:
+    assert "pre_process" not in feature_states((rung_of("pipeline", "Foo", [GOOD], 1.0),))
 
 
 def test_a_port_is_as_good_as_its_worst_denoiser() -> None:

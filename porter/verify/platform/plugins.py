@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def register_ports() -> None:
         module = register_port(root, port)
         log.info("registered %s", port.arch)
         _witness(module)
+        _witness_preparing(port.arch)
 
 
 class _Witness:
@@ -53,3 +55,33 @@ def _witness(module: str) -> None:
     path = os.environ.get("PORTER_WITNESS")
     if path and not any(isinstance(f, _Witness) and f.module == module for f in sys.meta_path):
         sys.meta_path.insert(0, _Witness(module, path))
+
+
+def _witness_preparing(arch: str) -> None:
+    """Note in the file PORTER_WITNESS what the engine process prepares of a request's media, at each request."""
+    path = os.environ.get("PORTER_WITNESS")
+    if not path:
+        return
+    from vllm_omni.diffusion import registry
+
+    load: Any = registry._load_process_func
+    if getattr(load, "notes", None) == arch:
+        return
+
+    def noting(od_config: Any, name: str) -> Any:
+        function = load(od_config, name)
+        if od_config.model_class_name != arch or name != registry._DIFFUSION_PRE_PROCESS_FUNCS.get(arch):
+            return function
+
+        def pre_process_func(request: Any) -> Any:
+            request = function(request)
+            prompt = {} if isinstance(request.prompt, str) else request.prompt
+            made = (prompt.get("additional_information") or {}).get("prepared_media", {})
+            with open(path, "a") as stream:
+                stream.write(f"{os.getpid()} prepared {' '.join(sorted(made))}\n")
+            return request
+
+        return pre_process_func
+
+    noting.notes = arch  # type: ignore[attr-defined]
+    registry._load_process_func = noting

@@ -173,15 +173,21 @@ def _brings_media(case: RequestCase) -> bool:
 
 
 def _pre_process(table: list[RequestCase], pairs: list[dict[str, Any]], records: list[dict[str, Any]]) -> CaseResult:
-    """Whether the function that runs in the engine process did prepare what the port then took."""
+    """Whether the function that runs in the engine process did prepare what the port then took.
+
+    Where a pipeline takes several kinds of media, one of them alone may have to stay in the worker.
+    """
     asked = [n for n, c in enumerate(table) if _brings_media(c) and not pairs[n]["want"]["error"]]
-    idle = [table[n].name for n in asked if not records[n]["prepared"]]
     names = sorted({name for n in asked for name in records[n]["prepared"]})
     figures = {"prepared": names, "requests": len(asked)}
     if not asked:
         return CaseResult(PRE_PROCESS, "skipped", "no request of the table brings media", figures)
-    message = f"nothing was prepared for {', '.join(idle[:6])}" if idle else ""
-    return CaseResult(PRE_PROCESS, "failed" if idle else "passed", message, figures)
+    idle = [c.name for n in asked if (c := table[n]).name in MUST_WORK and not records[n]["prepared"]]
+    if idle or not names:
+        return CaseResult(
+            PRE_PROCESS, "failed", f"nothing was prepared for {', '.join(idle) or 'any request'}", figures
+        )
+    return CaseResult(PRE_PROCESS, "passed", "", figures)
 
 
 def judge(case: RequestCase, want: Mapping[str, Any], got: Mapping[str, Any]) -> CaseResult:

@@ -12,7 +12,7 @@ from typing import Any
 from porter.interrupts import end_session, uninterrupted
 from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.manifest import Port
-from porter.verify.outcome import CaseResult, RungResult, rung_of, skipped
+from porter.verify.outcome import PRE_PROCESS, CaseResult, RungResult, rung_of, skipped
 from porter.verify.pipeline_spec import SEED, PipelineSpec
 from porter.verify.platform import bootstrap
 from porter.verify.rungs.pipeline import checkpoint_of, pictures_of
@@ -56,9 +56,19 @@ def serve(
         where = {"traceback": log[-3000:]}
         case = CaseResult("Omni.generate", "failed", f"{reason}: {_last_error(log)}", seconds=clock(), where=where)
         return rung_of("serve", port.source_class, [case], clock())
-    return rung_of(
-        "serve", port.source_class, [_compare(bench, spec, checkpoint, kwargs, images, out, witness)], clock()
-    )
+    cases = [_compare(bench, spec, checkpoint, kwargs, images, out, witness)]
+    if port.pre_process is not None and images:
+        cases.append(_prepared(Path(witness)))
+    return rung_of("serve", port.source_class, cases, clock())
+
+
+def _prepared(witness: Path) -> CaseResult:
+    """Whether the engine called the pre-process function, and it made something of the request's media."""
+    lines = [line.split()[1:] for line in witness.read_text().splitlines()] if witness.is_file() else []
+    made = sorted({name for first, *names in lines if first == "prepared" for name in names})
+    if not made:
+        return CaseResult(PRE_PROCESS, "failed", "the engine process prepared nothing of the media")
+    return CaseResult(PRE_PROCESS, "passed", "", {"prepared": made})
 
 
 def _sampling_fields() -> frozenset[str]:
