@@ -16,12 +16,9 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
 def entry() -> NoReturn:
     """The command, and a quick end. What ends it from outside is an interrupt to it, from the first import on."""
     signal.signal(signal.SIGTERM, _stop)
-    from porter import halves
-
+    if sys.argv[1:2] == ["convert"]:
+        gc.disable()  # trees hold no cycles and live until the port is printed, and so does all that is imported
     try:
-        if sys.argv[1:2] == ["convert"]:
-            gc.disable()  # trees hold no cycles and live until the port is printed, and so does all that is imported
-            halves.start(sys.argv[2:])
         from porter.cli import main
 
         code = main()
@@ -29,8 +26,6 @@ def entry() -> NoReturn:
         from porter.exits import interrupted
 
         code = interrupted()
-    finally:
-        halves.end()
     gc.freeze()  # what is left lives as long as the process: a last search for cycles in it is lost time
     sys.exit(code)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from porter import halves
 from porter.diagnostics.catalogue import EFFORTS, effort_of
 from porter.diagnostics.render import lines_of, render, worst
 from porter.exits import DRIFT, FINDINGS, OK, USAGE, VERIFICATION
@@ -294,12 +293,11 @@ def manifest_names(out: Path) -> list[str]:
 
 def _conversion(names: Iterable[str], source: Path | None, rules: Path | None, evidence: Path | None = None) -> Any:  # noqa: ANN401
     """One conversion. Names are sorted, so that the files do not depend on the order in which they were given."""
-    ordered = sorted({n.removeprefix("diffusers.") for n in names})
-    helper = halves.asked(ordered, source, rules)  # ahead of the imports
     from porter.convert import convert as run
     from porter.shares import processes
 
-    return run(ordered, source, rules, evidence, processes(len(ordered)), helper)
+    ordered = sorted({n.removeprefix("diffusers.") for n in names})
+    return run(ordered, source, rules, evidence, processes(len(ordered)))
 
 
 def _all_names(source: Path | None) -> list[str]:

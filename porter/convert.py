@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from porter.emit.record import port_record
 from porter.emit.source_file import file_header, print_definitions
 from porter.engine import RuleConflict, RuleSet, load_rules
 from porter.evidence import read_evidence
-from porter.halves import Helper
+from porter.halves import beside
 from porter.manifest import Manifest, PortEntry, manifest_text
-from porter.model import Diagnostic, PorterError
+from porter.model import Diagnostic, PorterError, Unit
 from porter.pins import DIFFUSERS
 from porter.pipeline import Denoiser, PipelinePort, port_pipeline
 from porter.pipeline.registration import PortRow, folder_init, package_files
@@ -57,11 +57,11 @@ class Folders(Struct, frozen=True):
     checked: tuple[Diagnostic, ...]
 
 
-class Denoisers(Struct, frozen=True):
-    """Denoisers of one target that another process converted, by qualified name: ports without their trees, files without
-    Python's trees of them, and what was found in the files."""
+class Around(Struct, frozen=True):
+    """A pipeline that another process ported and printed: the port without its trees, the files without Python's trees of
+    them, and what was found in the files."""
 
-    ports: Mapping[str, TransformerPort]
+    port: PipelinePort
     files: Mapping[str, Finished]
     checked: tuple[Diagnostic, ...]
 
@@ -72,10 +72,8 @@ def convert(
     rules_dir: Path | None = None,
     evidence: Path | None = None,
     processes: int = 1,
-    helper: Helper | None = None,
 ) -> Conversion:
-    """Port pipelines (or denoisers alone) given by class name, in so many processes at once; it changes no byte. A `helper`
-    is at work on the denoisers of the only target.
+    """Port pipelines (or denoisers alone) given by class name, in so many processes at once; it changes no byte.
 
     Raises PorterError when nothing can be converted.
     """
@@ -83,7 +81,9 @@ def convert(
     targets = [find_target(library, name) for name in names]
     shares = share_out(targets, processes)
     if len(shares) == 1:
-        parts = [_folders(dict(enumerate(targets)), library, rules_dir, evidence, alone=len(names) == 1, helper=helper)]
+        alone = len(names) == 1
+        only = dict(enumerate(targets))
+        parts = [_folders(only, library, rules_dir, evidence, alone=alone, halves=alone and processes > 1)]
     else:
         parts = _side_by_side([{n: targets[n] for n in share} for share in shares], source, rules_dir, evidence)
     if not any(part.ports for part in parts):
@@ -118,37 +118,21 @@ def _share(
     return _folders(targets, open_library(source), rules_dir, evidence, alone=False)
 
 
-def convert_denoisers(name: str, source: Path | None, rules_dir: Path | None) -> Denoisers | PorterError | None:
-    """The denoisers of a pipeline, or why they can't be ported; None if `name` is no pipeline."""
-    with _no_search_for_cycles():
-        library = open_library(source)
-        target = find_target(library, name)
-        if not target.is_pipeline:
-            return None
-        run = _Conversion(library, load_rules(rules_dir or resources.RULES), load_policy(resources.RULES))
-        try:
-            for qualified in target.denoisers.values():
-                run.transformer(qualified)
-        except PorterError as error:
-            return error
-        run.print_transformers(rules_digest(rules_dir))
-    ports = {name: replace(port, definitions=()) for name, port in run.transformers.items()}
-    return Denoisers(ports, {n: replace(f, tree=None) for n, f in run.finished.items()}, tuple(run.checked))
-
-
 def _folders(
     targets: Mapping[int, Target], library: Library, rules_dir: Path | None, evidence: Path | None, *, alone: bool,
-    helper: Helper | None = None,
+    halves: bool = False,
 ) -> Folders:  # fmt: skip
     with _no_search_for_cycles():
         load_tables()  # what is wrong with them ends the run here, and not one pipeline after the other
-        run = _Conversion(library, load_rules(rules_dir or resources.RULES), load_policy(resources.RULES), helper)
+        digest = rules_digest(rules_dir)
+        rules = load_rules(rules_dir or resources.RULES)
+        run = _Conversion(library, rules, load_policy(resources.RULES), digest if halves else None)
         found: dict[int, tuple[Diagnostic, ...]] = {}
         for position, target in targets.items():
             before = len(run.diagnostics)
             run.add(target, alone=alone)
             found[position] = tuple(run.diagnostics[before:])
-        return run.finish(evidence, found, rules_digest(rules_dir))
+        return run.finish(evidence, found, digest)
 
 
 def _joined(parts: Sequence[Folders], version: str) -> Conversion:
@@ -204,13 +188,14 @@ def all_names(source: Path | None = None) -> list[str]:
 
 
 class _Conversion:
-    """Ports collected over several targets; denoisers shared by pipelines are converted once."""
+    """Ports collected over several targets; denoisers shared by pipelines are converted once. With a `digest` of the rules,
+    which files name, a pipeline is ported and printed beside its denoisers."""
 
-    def __init__(self, library: Library, rules: RuleSet, policy: Policy, helper: Helper | None = None) -> None:
+    def __init__(self, library: Library, rules: RuleSet, policy: Policy, digest: str | None = None) -> None:
         self.library = library
         self.rules = rules
         self.policy = policy
-        self.helper = helper
+        self.digest = digest
         self.transformers: dict[str, TransformerPort] = {}
         self.pipelines: dict[str, tuple[str, PipelinePort]] = {}
         self.alone: dict[str, Target] = {}
@@ -225,74 +210,90 @@ class _Conversion:
         Raises PorterError when a denoiser can't be ported and the target was asked for `alone`; among others it is
         left out, with its diagnostics.
         """
-        expected = {c: Denoiser(c, *port_name(self.library, q)) for c, q in target.denoisers.items()}
-        # While a helper converts the denoisers, the pipeline comes first: what they will be called is known.
-        early = self._pipeline(target, expected) if target.is_pipeline and self.helper is not None else None
-        try:
-            ported = {c: self.transformer(q) for c, q in target.denoisers.items()}
-        except PorterError as error:
-            if alone:
-                raise
-            self.diagnostics += error.diagnostics
-            return
-        denoisers = {c: Denoiser(c, p.source, p.module, p.class_name) for c, p in ported.items()}
-        folder = self.transformer(next(iter(target.denoisers.values()))).folder
-        if target.is_pipeline:
-            pipeline = early if early is not None and denoisers == expected else self._pipeline(target, denoisers)
-            if isinstance(pipeline, PorterError):
-                if alone and isinstance(pipeline, RuleConflict):
-                    raise pipeline
-                # A transformer that converts is worth having before its pipeline does.
-                self.diagnostics += pipeline.diagnostics
-                self.blocked[target.name] = pipeline.diagnostics[0]
-            else:
-                self.pipelines[target.name] = (folder, pipeline)
-                self.diagnostics += pipeline.diagnostics
+        with self._around(target) as around:
+            try:
+                ported = {c: self._transformer(q) for c, q in target.denoisers.items()}
+            except PorterError as error:
+                if alone:
+                    raise
+                self.diagnostics += error.diagnostics
                 return
-        self.alone[target.name] = target
+            denoisers = {c: Denoiser(c, p.source, p.module, p.class_name) for c, p in ported.items()}
+            folder = self._transformer(next(iter(target.denoisers.values()))).folder
+            if target.is_pipeline:
+                try:
+                    pipeline = around(denoisers)
+                except PorterError as error:
+                    if alone and isinstance(error, RuleConflict):
+                        raise
+                    # A transformer that converts is worth having before its pipeline does.
+                    self.diagnostics += error.diagnostics
+                    self.blocked[target.name] = error.diagnostics[0]
+                else:
+                    self.pipelines[target.name] = (folder, pipeline)
+                    self.diagnostics += pipeline.diagnostics
+                    return
+            self.alone[target.name] = target
 
-    def _pipeline(self, target: Target, denoisers: dict[str, Denoiser]) -> PipelinePort | PorterError:
-        """The port of a pipeline, or why there is none (PORT005 when its loop calls something that is no transformer)."""
+    @contextmanager
+    def _around(self, target: Target) -> Iterator[Callable[[Mapping[str, Denoiser]], PipelinePort]]:
+        """A function that gives the port of a target's pipeline; it may be at work in another process meanwhile, which takes
+        for granted what the denoisers will be called."""
+        if self.digest is None or not target.is_pipeline:
+            yield lambda denoisers: self._pipeline(target, denoisers)
+            return
+        expected = {c: Denoiser(c, *port_name(self.library, q)) for c, q in target.denoisers.items()}
+        digest = self.digest
+        with beside(lambda: self._printed_pipeline(target, expected, digest)) as printed:
+
+            def pipeline(denoisers: Mapping[str, Denoiser]) -> PipelinePort:
+                made = printed() if denoisers == expected else None
+                if made is None:
+                    return self._pipeline(target, denoisers)
+                self.finished.update(made.files)
+                self.checked += made.checked
+                return made.port
+
+            yield pipeline
+
+    def _printed_pipeline(self, target: Target, denoisers: Mapping[str, Denoiser], digest: str) -> Around | None:
+        """The pipeline's half of a conversion; None if there is no pipeline, and why is then to be found out again."""
         try:
-            pipeline = port_pipeline(self.library, target.qualified, denoisers, self.rules)
-        except PorterError as error:
-            return error
+            port = self._pipeline(target, denoisers)
+        except PorterError:
+            return None
+        run = _Conversion(self.library, self.rules, self.policy)
+        folder = next(iter(denoisers.values())).module.removesuffix("_transformer")
+        run._print({f"{folder}/{port.module}.py": self._marked(port, digest)})
+        files = {name: replace(f, tree=None) for name, f in run.finished.items()}
+        return Around(replace(port, unit=Unit((), port.cls)), files, tuple(run.checked))
+
+    def _pipeline(self, target: Target, denoisers: Mapping[str, Denoiser]) -> PipelinePort:
+        """The port of a pipeline. Raises PorterError (PORT005 when its loop calls something that is no transformer)."""
+        pipeline = port_pipeline(self.library, target.qualified, denoisers, self.rules)
         ported = {d.source for d in denoisers.values()}
         if others := sorted(f"{d.component} is a {d.source}" for d in pipeline.denoisers if d.source not in ported):
             where = self.library.span(target.qualified)
-            return PorterError(Diagnostic("PORT005", f"{target.name}: {', '.join(others)}", where))
+            raise PorterError(Diagnostic("PORT005", f"{target.name}: {', '.join(others)}", where))
         return pipeline
 
-    def transformer(self, qualified: str) -> TransformerPort:
-        """The port of a denoiser. Raises PorterError if there can be none."""
-        if qualified not in self.transformers and self.helper is not None:
-            helper, self.helper = self.helper, None
-            made = helper.answer()
-            if isinstance(made, PorterError):
-                raise made
-            if made is not None:
-                self.transformers.update(made.ports)
-                self.finished.update(made.files)
-                self.checked += made.checked
-                self.diagnostics += [d for port in made.ports.values() for d in port.diagnostics]
+    def _transformer(self, qualified: str) -> TransformerPort:
         if qualified not in self.transformers:
             port = port_transformer(self.library, qualified, self.rules, self.policy)
             self.transformers[qualified] = port
             self.diagnostics += port.diagnostics
         return self.transformers[qualified]
 
-    def print_transformers(self, digest: str) -> None:
-        """Print, format and check the files of denoisers, as far as another process has not done so."""
-        self._print(self._marked_transformers(digest))
-
     def finish(self, evidence: Path | None, found: Mapping[int, tuple[Diagnostic, ...]], digest: str) -> Folders:
         """Print, format and check all files, which name the `digest` of the rules; write the records of their folders."""
-        marked = self._marked_transformers(digest)
-        for folder, pipeline in self.pipelines.values():
-            local = {f"{d.module}.{d.name}": d.name for d in pipeline.unit.definitions}
-            marked[f"{folder}/{pipeline.module}.py"] = print_definitions(
-                pipeline.unit.definitions, local, self._header(pipeline.source, pipeline.source, digest)
+        marked: dict[str, str] = {}
+        for port in self.transformers.values():
+            marked[f"{port.folder}/{port.module}.py"] = print_definitions(
+                port.definitions, port.local, self._header(f"diffusers.{port.class_name}", port.source, digest)
             )
+        for folder, pipeline in self.pipelines.values():
+            if (name := f"{folder}/{pipeline.module}.py") not in self.finished:
+                marked[name] = self._marked(pipeline, digest)
         self._print(marked)
         files = {name: f.text for name, f in self.finished.items()}
         entries = self._entries(files, evidence)
@@ -303,16 +304,10 @@ class _Conversion:
         edits = sum(p.edits for p in self.transformers.values())
         return Folders(files, tuple(entries), edits, found, tuple(self.checked))
 
-    def _marked_transformers(self, digest: str) -> dict[str, str]:
-        """Marked texts of the denoisers that are not printed yet, by file."""
-        ports = {f"{p.folder}/{p.module}.py": p for p in self.transformers.values()}
-        return {
-            name: print_definitions(
-                port.definitions, port.local, self._header(f"diffusers.{port.class_name}", port.source, digest)
-            )
-            for name, port in ports.items()
-            if name not in self.finished
-        }
+    def _marked(self, pipeline: PipelinePort, digest: str) -> str:
+        local = {f"{d.module}.{d.name}": d.name for d in pipeline.unit.definitions}
+        header = self._header(pipeline.source, pipeline.source, digest)
+        return print_definitions(pipeline.unit.definitions, local, header)
 
     def _print(self, marked: Mapping[str, str]) -> None:
         finished = linemap.finish(marked)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
+from porter.halves import usable
 from porter.specialise.naming import snake, stem
 from porter.targets import Target
 
@@ -15,11 +15,11 @@ MOST = 8
 
 
 def processes(classes: int) -> int:
-    """How many processes a conversion of so many classes gets: the processors this one may use, one for few classes."""
+    """How many processes a conversion of so many classes gets: the processors this one may use, one for few classes; of a
+    single class two, for the halves of a pipeline."""
     if classes <= FEW:
-        return 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, MOST)
+        return min(usable(), 2) if classes == 1 else 1
+    return min(usable(), MOST)
 
 
 def share_out(targets: Sequence[Target], number: int) -> list[list[int]]:

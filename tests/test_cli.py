@@ -23,7 +23,7 @@ def fake(monkeypatch):
         files={"net/net_transformer.py": "x = 1\n", "manifest.json": manifest("Net")}, found=(), names=[]
     )
 
-    def convert(names, source=None, rules_dir=None, evidence=None, processes=1, helper=None):
+    def convert(names, source=None, rules_dir=None, evidence=None, processes=1):
         state.names.append(list(names))
         return SimpleNamespace(
             files=state.files,

@@ -1,4 +1,4 @@
-"""A second process converts the denoisers of a pipeline; nothing but the time depends on it."""
+"""What stands around the denoisers is converted in a second process; nothing but the time depends on it."""
 
 from __future__ import annotations
 
@@ -9,72 +9,84 @@ from pathlib import Path
 
 import pytest
 
-from porter import halves
-from porter.convert import convert, convert_denoisers
+from porter.convert import convert
+from porter.halves import beside
 from porter.model import Diagnostic, PorterError
+from porter.shares import processes
 from tests.circumstances import stopped
 from tests.test_bad_input import WAYS, needs_proc
 
 PIPELINE = "CogView4Pipeline"
-needs_two = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor converts in one process")
+needs_two = pytest.mark.skipif(processes(1) < 2, reason="one processor converts in one process")
 
 
-class Told(halves.Helper):
-    """A helper that gives one answer."""
-
-    def __init__(self, given: object) -> None:
-        self.given = given
-
-    def answer(self):
-        return self.given
-
-
-@pytest.fixture(scope="module")
-def alone():
-    return convert([PIPELINE])
-
-
-def test_what_another_process_made_is_what_this_one_makes(alone) -> None:
-    assert convert([PIPELINE], helper=Told(convert_denoisers(PIPELINE, None, None))) == alone
-
-
-def test_without_an_answer_this_process_does_it_all(alone) -> None:
-    assert convert([PIPELINE], helper=Told(None)) == alone
-
-
-def test_denoisers_that_cannot_be_ported_end_the_conversion() -> None:
-    with pytest.raises(PorterError, match="PORT101 no"):
-        convert([PIPELINE], helper=Told(PorterError(Diagnostic("PORT101", "no"))))
-
-
-def test_a_denoiser_alone_is_nothing_for_two() -> None:
-    assert convert_denoisers("CogView4Transformer2DModel", None, None) is None
-
-
-def test_a_process_that_ended_gives_no_answer() -> None:
-    requests, answers = os.pipe(), os.pipe()
-    process = os.fork()
-    if process == 0:
-        os._exit(1)
-    os.close(requests[0])
-    os.close(answers[1])
-    helper = halves.Helper(process, os.fdopen(requests[1], "wb"), os.fdopen(answers[0], "rb"))
-    helper.ask(PIPELINE, None, None)
-    assert helper.answer() is None
-    helper.end()
-
-
-def command(folder: Path, *arguments: str) -> dict[str, bytes]:
+def command(folder: Path, *python: str) -> dict[str, bytes]:
+    """Files that the command writes."""
     subprocess.run(
-        [sys.executable, *arguments, "convert", PIPELINE, "--out", str(folder)], check=True, capture_output=True
+        [*python, "-m", "porter", "convert", PIPELINE, "--out", str(folder)], check=True, capture_output=True
     )
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_the_number_of_processes_changes_no_byte_and_no_finding() -> None:
+    assert convert([PIPELINE], processes=2) == convert([PIPELINE])
+
+
 @needs_two
-def test_the_command_writes_the_same_with_and_without_it(tmp_path: Path) -> None:
-    single = "import sys; from porter.cli import main; sys.exit(main(sys.argv[1:]))"
-    assert command(tmp_path / "two", "-m", "porter") == command(tmp_path / "one", "-c", single)
+def test_the_command_writes_the_same_where_there_is_one_processor(tmp_path: Path) -> None:
+    single = (
+        "import os, runpy; os.sched_getaffinity = lambda process: {0}; runpy.run_module('porter', run_name='__main__')"
+    )
+    alone = tmp_path / "one"
+    command_line = [sys.executable, "-c", single, "convert", PIPELINE, "--out", str(alone)]
+    subprocess.run(command_line, check=True, capture_output=True)
+    one = {p.relative_to(alone).as_posix(): p.read_bytes() for p in alone.rglob("*") if p.is_file()}
+    assert command(tmp_path / "two", sys.executable) == one
+
+
+def test_a_pipeline_that_cannot_be_ported_leaves_its_transformer_and_says_why() -> None:
+    done = convert(["StableUnCLIPPipeline"], processes=2)
+    assert [(p.source, p.module) for p in done.ports] == [("diffusers.StableUnCLIPPipeline", None)]
+    assert done == convert(["StableUnCLIPPipeline"])
+
+
+@needs_two
+def test_work_is_done_in_another_process(monkeypatch) -> None:
+    monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest may run with threads of its own
+    with beside(os.getpid) as result:
+        assert result() != os.getpid()
+
+
+@pytest.mark.parametrize("end", [lambda: os._exit(1), lambda: os.kill(os.getpid(), 9)], ids=["ended", "killed"])
+def test_what_another_process_did_not_do_is_done_here(end) -> None:
+    here = os.getpid()
+
+    def work() -> int:
+        if os.getpid() != here:
+            end()
+        return os.getpid()
+
+    with beside(work) as result:
+        assert result() == here
+
+
+def test_an_error_of_the_other_process_is_raised_here() -> None:
+    def work() -> None:
+        raise PorterError(Diagnostic("PORT013", "no"))
+
+    with beside(work) as result, pytest.raises(PorterError, match="PORT013 no"):
+        result()
+
+
+@needs_proc
+def test_no_process_is_left_when_its_result_is_not_wanted() -> None:
+    def children() -> set[str]:
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    before = children()
+    with pytest.raises(PorterError), beside(lambda: os.read(os.pipe()[0], 1)):
+        raise PorterError(Diagnostic("PORT013", "no"))
+    assert children() == before
 
 
 @needs_two

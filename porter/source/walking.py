@@ -5,6 +5,7 @@ code, so these functions skip the layout and are many times faster.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -109,7 +110,39 @@ def children(node: cst.CSTNode) -> list[cst.CSTNode]:
 
 def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
     """`node` and everything below it that is code, in source order (preorder)."""
-    return _descend(node, is_code)
+    return iter(_flat(node)) if type(node) in _ASKED_OFTEN else _descend(node, is_code)
+
+
+_ASKED_OFTEN = frozenset({cst.ClassDef, cst.FunctionDef, cst.IndentedBlock})
+
+
+@lru_cache(maxsize=2048)
+def _flat(node: cst.CSTNode) -> list[cst.CSTNode]:
+    """`walk` as a list: most analyses ask the same functions, and an edit of a class leaves most of its methods as they are."""
+    found: list[Any] = []
+    stack: list[Any] = [node]
+    pop, push, note = stack.pop, stack.append, found.append
+    while stack:
+        top = pop()
+        kind = type(top)
+        if kind in _ASKED_OFTEN and top is not node:
+            found += _flat(top)
+            continue
+        note(top)
+        if kind is cst.Name:
+            continue  # every second node
+        read = _reader[kind]
+        if read is None:
+            continue
+        for value in read(top)[::-1]:
+            kind = type(value)
+            if kind is tuple or kind is list:
+                for item in value[::-1]:  # type: ignore[index]
+                    if is_code[type(item)]:
+                        push(item)
+            elif is_code[kind]:
+                push(value)
+    return found
 
 
 def _descend(node: cst.CSTNode, enters: Mapping[type, bool]) -> Iterator[Any]:
@@ -147,7 +180,7 @@ _matches: Table[tuple[type, ...], tuple[Table[type, bool], Table[type, bool]]] =
 def find(node: cst.CSTNode, *kinds: type[Node], where: Callable[[Node], bool] | None = None) -> Iterator[Node]:
     """Nodes of the given classes below `node`, in source order."""
     wanted, enters = _matches[kinds]
-    for each in _descend(node, enters):
+    for each in walk(node) if enters is is_code else _descend(node, enters):
         if wanted[type(each)] and (where is None or where(each)):
             yield each
 
