@@ -37,6 +37,7 @@ from porter.pipeline.fold import ABSENT, PRESENT, Knowledge, fold
 from porter.pipeline.helpers import Done, Helper, clean_method, helper_methods
 from porter.pipeline.localise import is_self_assignment, localise
 from porter.pipeline.model import Parameter
+from porter.pipeline.own_guider import own_guider
 from porter.pipeline.own_scheduler import own_scheduler
 from porter.pipeline.parameters import request_parameters
 from porter.pipeline.prune import drop_dead, settle
@@ -118,7 +119,7 @@ def analyse(library: Library, name: str, tables: Tables, ruleset: RuleSet | None
     if isinstance(found_regions, Unknown):
         cut: Regions | Stages = _stages(name, statements, names, helpers, found_regions.reason, span)
     else:
-        cut = own_scheduler(found_regions)
+        cut = own_guider(own_scheduler(found_regions))
     end = tail(cut.decode)
     if isinstance(end, Unknown):
         raise PorterError(Diagnostic(NO_TAIL, f"{name}: {end.reason}", span))

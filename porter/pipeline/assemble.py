@@ -18,6 +18,7 @@ from porter.pipeline.cleanup import clean
 from porter.pipeline.helpers import module_definitions
 from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
 from porter.pipeline.optional_imports import import_where_used, optional_packages
+from porter.pipeline.own_guider import guiders
 from porter.pipeline.own_scheduler import SCHEDULER
 from porter.pipeline.parameters import declaration, is_tensor, is_text, media_keys
 from porter.pipeline.pieces import Pieces, pieces
@@ -272,6 +273,7 @@ def _class(
         loop_target=_target(loop.index, loop.timestep, cut) if loop is not None else "",
         result=code(analysis.tail.result), whole=loop is None, video=finished.video, sound=finished.sound,
         sample=cut.sample, extras=cut.extras, step_value=_step_values(cut, loop),
+        guiders=guiders(analysis.cut) if isinstance(analysis.cut, Regions) else (),
         loop_value={n: f"self.{n}" if n == SCHEDULER else n for n in cut.predict_inputs},
     )  # fmt: skip
     return node

@@ -198,6 +198,13 @@ def buffer_as_computed(node: ast.AST) -> ast.AST | None:
     return None
 
 
+def shared_guider(node: ast.AST) -> ast.AST | None:
+    """Requests that take turns share the pipeline's guider, and what it keeps from step to step."""
+    if isinstance(node, ast.Call) and name_of(node.func) == "copy.deepcopy" and "guider" in ast.unparse(node):
+        return node.args[0]
+    return None
+
+
 # ------------------------------------------------------------------------------------------------ blocks
 def drop_residual(tree: ast.Module) -> int:
     """The first `x = x + ...` of the first block class loses its x."""
@@ -498,6 +505,7 @@ FAULTS = (
     Fault("partial sums lost", "tp", ("no-mask",), "transformer", not_reduced),
     Fault("regions left open", "sp", ("no-mask",), "transformer", rewrite(regions_left_open)),
     Fault("rotary table unsharded", "sp", ("no-mask",), "transformer", rewrite(unsharded_rotary)),
+    Fault("guider shared by requests", "step", (), "pipeline", rewrite(shared_guider), subject="HunyuanImagePipeline"),
     Fault("timestep scaled wrong", "pipeline", ("plain",), "any", rewrite(timestep_scale)),
     Fault("schedule off by one", "pipeline", ("plain",), "pipeline", rewrite(schedule_off_by_one)),
     Fault("guidance norm lost", "pipeline", ("negative-prompt",), "any", rewrite(lost_guidance_norm)),

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from porter.verify.bench import Bench, Clock, JobError
-from porter.verify.compare import difference, rounded
 from porter.verify.manifest import Port
-from porter.verify.outcome import BOUND, CaseResult, RungResult, rung_of, skipped
+from porter.verify.outcome import CaseResult, RungResult, rung_of, skipped
 from porter.verify.pipeline_spec import PER_PROMPT, SEED, PipelineSpec, RequestCase
+from porter.verify.rungs.alone import same_as_alone
 from porter.verify.rungs.modes import guided, not_runnable
 from porter.verify.rungs.pipeline import call_of, checkpoint_of, port_job, raised
 
@@ -48,7 +48,7 @@ def batch(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
     together = torch.load(out, weights_only=True)
     alone = iter(torch.load(f"{out}.single", weights_only=True))
     results = [
-        _same(name, record, [next(alone) for _ in calls])
+        same_as_alone(name, record, [next(alone) for _ in calls], shared=name == TOGETHER)
         for (name, calls), record in zip(groups.items(), together, strict=True)
     ]
     return rung_of("batch", port.source_class, results, clock())
@@ -95,31 +95,3 @@ def _turned(text: str, places: int) -> str:
     words = text.split()
     places %= max(len(words), 1)
     return " ".join(words[places:] + words[:places])
-
-
-def _same(name: str, together: dict[str, Any], alone: list[dict[str, Any]]) -> CaseResult:
-    for record, what in ((together, "in a batch"), *((r, "alone") for r in alone)):
-        if record["error"]:
-            error = record["error"]
-            message = f"{what}: {error['type']}: {error['message']}"
-            return CaseResult(name, "failed", message, where={"traceback": error["trace"]})
-    calls, singly = together["calls"], sum(r["calls"] for r in alone)
-    figures: dict[str, Any] = {"requests": len(alone), "calls": calls, "calls_alone": singly, "rel_l2": 0.0}
-    problems = []
-    if not all(together["each"]) or not all(e for r in alone for e in r["each"]):
-        problems.append("the port returned no tensor")
-    for index, (got, record) in enumerate(zip(together["each"], alone, strict=True)):
-        for a, b in zip(got, record["each"][0], strict=True):
-            error = difference(a, b)
-            if error["rel_l2"] > BOUND and rounded(a, b):
-                figures["rounded_to_8_bits"] = True
-                continue
-            figures["rel_l2"] = max(figures["rel_l2"], error["rel_l2"])
-            if error["rel_l2"] > BOUND:
-                shapes = f", shape {error['shape']}, alone {error['expected_shape']}" if "shape" in error else ""
-                problems.append(
-                    f"request {index + 1} in a batch differs from itself alone: {error['rel_l2']:.2e}{shapes}"
-                )
-    if name == TOGETHER and calls >= singly:
-        problems.append(f"nothing was shared: {calls} denoiser calls in a batch, {singly} one by one")
-    return CaseResult(name, "failed" if problems else "passed", "; ".join(problems[:2]), figures)

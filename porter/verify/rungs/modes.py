@@ -9,9 +9,11 @@ from typing import Any
 from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.manifest import Port
 from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, skipped
-from porter.verify.pipeline_spec import PipelineSpec, RequestCase
+from porter.verify.pipeline_spec import SEED, PipelineSpec, RequestCase
+from porter.verify.rungs.alone import same_as_alone
 from porter.verify.rungs.pipeline import (
     MUST_WORK,
+    call_of,
     checkpoint_of,
     judge,
     port_job,
@@ -74,7 +76,10 @@ def cfg(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | No
 
 
 def step(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None) -> RungResult:
-    """Step execution through the engine's own runner and step scheduler, alone and two requests at a time."""
+    """Step execution through the engine's own runner and step scheduler, alone and two requests at a time.
+
+    Two requests with other numbers of steps take turns, and each gets what it gets alone.
+    """
     import torch
 
     if (no := not_runnable("step", port, spec)) is not None:
@@ -94,7 +99,22 @@ def step(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | N
         return rung_of("step", port.source_class, [CaseResult("load", "failed", raised(error))], clock())
     records = torch.load(out, weights_only=True)
     results = [timed(judge(c, p["want"], _unordered(r)), {}, r) for c, p, r in zip(cases, pairs, records, strict=True)]
+    both = _by_turns(guided(bench, spec)[0])
+    if both is not None and all(r.status != "failed" for r in results):
+        calls = [call_of(bench, spec, checkpoint, case, variant) for variant, case in enumerate(both)]
+        bench.engine(job | {"max_num_seqs": 2, "calls": [{"requests": calls}, *calls]})
+        together, *alone = torch.load(out, weights_only=True)
+        results.append(same_as_alone("by-turns", together, alone, how="by turns with another"))
     return rung_of("step", port.source_class, results, clock())
+
+
+def _by_turns(base: RequestCase) -> tuple[RequestCase, RequestCase] | None:
+    """Two requests, of which one takes a step more; None for a pipeline whose steps are fixed."""
+    steps = base.kwargs.get("num_inference_steps")
+    if not isinstance(steps, int):
+        return None
+    more = {**base.kwargs, "num_inference_steps": steps + 1}
+    return replace(base, stop_after=None), replace(base, stop_after=None, kwargs=more, seed=SEED + 1)
 
 
 def _answered(cases: list[RequestCase], pairs: list[dict[str, Any]]) -> tuple[list[RequestCase], list[dict[str, Any]]]:
