@@ -71,10 +71,28 @@ def test_a_method_that_prepares_is_followed(studio: Studio) -> None:
 
 """
     port = with_picture(studio, "picture = self.prepare_image(image, height, self._execution_device)", method)
-    assert "image_processor.preprocess(picture_2, height=height)" in function_of(port)
+    assert 'prepared["image"] = image_processor.preprocess(image, height=height)' in function_of(port)
     text = class_of(port)
     assert "prepare_image(image, height, self.device, prepared_media=prepared_media)" in text
-    assert 'if "picture_2" in prepared_media' not in text and 'if "picture" in prepared_media' in text
+    assert 'if "image" in prepared_media:\n            picture = prepared_media["image"]' in text
+
+
+def test_a_name_that_gets_another_value_is_not_read_for_its_copy(studio: Studio) -> None:
+    method = """
+    def prepare_image(self, picture, height, device):
+        picture = self.image_processor.preprocess(picture, height=height)
+        return picture.to(device)
+
+"""
+    lines = (
+        "mask = image\nif height > 8:\n    mask = mask_image\n"
+        "picture = self.prepare_image(mask, height, self._execution_device)\n"
+        "mask = self.image_processor.preprocess(mask)"
+    )
+    text = function_of(with_picture(studio, lines, method, use="picture * mask"))
+    assert "if height > 8:\n            mask = mask_image\n" in text
+    assert 'prepared["mask"] = image_processor.preprocess(mask, height=height)' in text
+    assert 'prepared["mask_2"] = image_processor.preprocess(mask)' in text
 
 
 def test_a_method_without_an_object_can_be_called_from_the_function(studio: Studio) -> None:

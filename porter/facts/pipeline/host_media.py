@@ -26,6 +26,7 @@ from porter.facts.pipeline.host_program import (
     only_suite,
     quiet,
     suite_of,
+    without_copies,
 )
 from porter.facts.pipeline.host_scope import Scope, tainted
 from porter.facts.pipeline.host_values import HostValues
@@ -90,7 +91,8 @@ def host_media(
     scope = Scope(given, set(given), set(media))
     walk = _Walk(processors, helpers, values, {*parameters, *writes(statements)})
     program = walk.block(statements, scope, frozenset(after))
-    return HostMedia(tuple(needed(program, walk.whole, set())), tuple(walk.units), walk.methods, tuple(walk.refused))
+    program = without_copies(needed(program, walk.whole, set()))
+    return HostMedia(tuple(program), tuple(walk.units), walk.methods, tuple(walk.refused))
 
 
 class _Walk:
@@ -199,7 +201,7 @@ class _Walk:
         if only is not None:
             if not set(names) <= before.bound | always_writes(only):
                 return None
-            keys = tuple(map(self._key, names))
+            keys = self._keys(names, before)
             self.units.append(Unit(node, keys, names))
             suite = [*(only_suite(new) or ()), *hand_over(keys, self._values_of(names, before))]
             inner = branch(new, new.test, suite, []) if node.orelse is None else branch(new, new.test, [], suite)  # type: ignore[arg-type, attr-defined]
@@ -208,7 +210,7 @@ class _Walk:
             return [inner]
         if not set(names) <= behind.bound:
             return None
-        keys = tuple(map(self._key, names))
+        keys = self._keys(names, before)
         self.units.append(Unit(node, keys, names))
         self.whole.add(id(new))
         return [new, *hand_over(keys, self._values_of(names, before))]
@@ -216,9 +218,11 @@ class _Walk:
     def _values_of(self, names: Sequence[str], scope: Scope) -> list[cst.BaseExpression]:
         return [scope.holes.get(name, cst.Name(name)) for name in names]
 
-    def _key(self, name: str) -> str:
+    def _keys(self, names: Sequence[str], scope: Scope) -> tuple[str, ...]:
+        """Keys under which values are handed over: their names, those of the caller for parameters of a method."""
+        wanted = [scope.given.get(name, name) for name in names]
         taken = {k for u in self.units for k in u.keys}
-        return next(k for k in (name, *(f"{name}_{n}" for n in range(2, 99))) if k not in taken)
+        return tuple(next(k for k in (n, *(f"{n}_{i}" for i in range(2, 99))) if k not in taken) for n in wanted)
 
     def _values(
         self, node: cst.SimpleStatementLine, sites: Sequence[cst.Call], scope: Scope
@@ -239,9 +243,9 @@ class _Walk:
             elif isinstance(new, list):
                 out += new
             else:
-                key = self._key(_target(node) or name or "media")
-                self.units.append(Unit(call, (key,), ()))
-                out += hand_over([key], [cast(cst.BaseExpression, new)])
+                keys = self._keys([_target(node) or "media"], scope)
+                self.units.append(Unit(call, keys, ()))
+                out += hand_over(keys, [cast(cst.BaseExpression, new)])
         for call, reason in left:
             self._refuse(node, [call], reason)
         return out
@@ -267,6 +271,8 @@ class _Walk:
             inner.bind([p])
             if argument is not None and uses(argument) & scope.media:
                 inner.media.add(p)
+            if isinstance(argument, cst.Name):
+                inner.given[p] = scope.given.get(argument.value, argument.value)
             if p in local:
                 inner.holes[p] = cst.Name(self._free(p))
                 out.append(statement("target = value", target=inner.holes[p], value=cast(cst.BaseExpression, value)))

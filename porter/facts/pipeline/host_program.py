@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import cast
 
 import libcst as cst
 
 from porter.facts.pipeline.liveness import live_before, names_of, uses, writes
-from porter.source.names import DOT
-from porter.source.tree import body, call_name, find, statement, with_body
+from porter.source.names import BUILTINS, DOT
+from porter.source.tree import atomic, body, call_name, find, replace_nodes, statement, substitute, with_body
 
 PREPARED = "prepared"
 """The dictionary that the program fills."""
@@ -101,17 +101,71 @@ def branch(
     """The branch with other suites; a first one that is empty is turned into the second."""
     orelse: cst.If | cst.Else | None = None
     if rest and not then:
-        inner = (
-            test
-            if test.lpar or isinstance(test, (cst.Name, cst.Call, cst.Attribute))
-            else test.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
-        )
-        return with_body(node.with_changes(test=cst.UnaryOperation(cst.Not(), inner), orelse=None), rest)
+        return with_body(node.with_changes(test=opposite(test), orelse=None), rest)
     if len(rest) == 1 and isinstance(rest[0], cst.If):
         orelse = rest[0]
     elif rest:
         orelse = cst.Else(cst.IndentedBlock(list(rest)))
     return with_body(node.with_changes(test=test, orelse=orelse), then)
+
+
+def opposite(test: cst.BaseExpression) -> cst.BaseExpression:
+    """`not test`, said plainly."""
+    if isinstance(test, cst.UnaryOperation) and isinstance(test.operator, cst.Not):
+        return test.expression
+    if isinstance(test, cst.Comparison) and len(test.comparisons) == 1:
+        (only,) = test.comparisons
+        turned = {cst.Is: cst.IsNot, cst.IsNot: cst.Is, cst.In: cst.NotIn, cst.NotIn: cst.In}.get(type(only.operator))
+        if turned is not None:
+            return test.with_changes(comparisons=[only.with_changes(operator=turned())])
+    return cst.UnaryOperation(cst.Not(), atomic(test))
+
+
+def without_copies(program: Sequence[cst.BaseStatement]) -> list[cst.BaseStatement]:
+    """Without `x = y` where `x` gets no other value, and `y` none behind it, so that `y` itself can be read."""
+    lines = [line for s in program for line in find(s, cst.SimpleStatementLine)]
+    places = {id(line): index for index, line in enumerate(lines)}
+    bound: dict[str, list[int]] = {}
+    for index, line in enumerate(lines):
+        for name in writes([line]):
+            bound.setdefault(name, []).append(index)
+    for loop in (loop for s in program for loop in find(s, cst.For)):
+        for name in writes([loop]):
+            bound.setdefault(name, []).append(len(lines))
+    copies: dict[str, cst.BaseExpression] = {}
+    gone: list[tuple[cst.CSTNode, object]] = []
+    for suite, top in _branch_suites(program, True):
+        found = [(s, copy) for s in suite if (copy := _copy(s)) is not None]
+        for node, (target, value) in found if top or len(found) < len(suite) else ():
+            index = places[id(node)]
+            if bound[target] == [index] and all(n < index for n in bound.get(value, ())):
+                copies[target] = copies.get(value, cst.Name(value))
+                gone.append((node, cst.RemoveFromParent()))
+    if not copies:
+        return list(program)
+    whole = replace_nodes(cst.Module(list(program)), gone)
+    return [cast(cst.BaseStatement, substitute(s, copies)) for s in whole.body]
+
+
+def _branch_suites(
+    statements: Sequence[cst.BaseStatement], top: bool
+) -> Iterator[tuple[list[cst.BaseStatement], bool]]:
+    yield list(statements), top
+    for node in statements:
+        if isinstance(node, cst.If):
+            yield from _branch_suites(body(node), False)
+            yield from _branch_suites(suite_of(node.orelse), isinstance(node.orelse, cst.If))
+
+
+def _copy(node: cst.BaseStatement) -> tuple[str, str] | None:
+    """(x, y) of a statement `x = y`."""
+    only = node.body[0] if isinstance(node, cst.SimpleStatementLine) else None
+    if not isinstance(only, cst.Assign) or len(only.targets) != 1:
+        return None
+    target, value = only.targets[0].target, only.value
+    if not isinstance(target, cst.Name) or not isinstance(value, cst.Name):
+        return None
+    return None if value.value in BUILTINS or DOT in value.value else (target.value, value.value)
 
 
 def only_suite(node: cst.BaseStatement) -> list[cst.BaseStatement] | None:

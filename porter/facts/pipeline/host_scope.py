@@ -16,7 +16,8 @@ class Scope(Struct):
     """What is known at one point. `holes` are other names, or values, of locals of a method that is followed.
 
     `known` names have, where they are bound, a value that the program computes, too; `bound` ones are so on every path.
-    `why` says for other names what only the worker has; `fresh` are lists that the program itself made.
+    `why` says for other names what only the worker has; `fresh` are lists that the program itself made. `given` are the
+    caller's names for parameters of a method that is followed.
     """
 
     known: set[str]
@@ -25,9 +26,11 @@ class Scope(Struct):
     holes: dict[str, cst.BaseExpression] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     fresh: set[str] = field(default_factory=set)
+    given: dict[str, str] = field(default_factory=dict)
 
     def copy(self) -> Scope:
-        return Scope(set(self.known), set(self.bound), set(self.media), self.holes, dict(self.why), set(self.fresh))
+        own = (set(self.known), set(self.bound), set(self.media), self.holes, dict(self.why), set(self.fresh))
+        return Scope(*own, self.given)
 
     def bind(self, names: Iterable[str]) -> None:
         for name in names:
