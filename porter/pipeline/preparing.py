@@ -10,7 +10,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from porter.facts.pipeline.host_media import HostMedia, Refused, Unit, host_media, host_statements
-from porter.facts.pipeline.host_values import INDEX, HostValues
+from porter.facts.pipeline.host_program import changed_by
+from porter.facts.pipeline.host_values import INDEX, HostValues, draws_noise
 from porter.facts.pipeline.liveness import live_before, uses, writes
 from porter.facts.pipeline.members import is_property
 from porter.model import Unknown
@@ -28,6 +29,7 @@ from porter.source.tree import (
     expression,
     find,
     keyword_argument,
+    parameters,
     replace_nodes,
     self_attribute,
     statement,
@@ -53,9 +55,9 @@ class Preparing(Struct, frozen=True):
 def preparing(library: Library, analysis: Analysis, cut: Pieces) -> Preparing | Unknown:
     """What of the request's media the engine process can prepare; Unknown if it is nothing."""
     media = {p.name for p in analysis.parameters if p.place == "media"}
-    parameters = {p.name for p in analysis.parameters if p.place != "refused"}
+    given = {p.name for p in analysis.parameters if p.place != "refused"}
     own = {n: n for n in _assigned(kept_constructor(analysis))}
-    local = parameters | writes(cut.encode) | {n for h in analysis.helpers for n in writes([h.node])}
+    local = given | writes(cut.encode) | {n for h in analysis.helpers for n in writes([h.node])}
     own = {n: f"model_{n}" if n in local else n for n in own}
     plain = HostValues(library, analysis.members, analysis.components, {})
     constructor, known = host_statements([_local(s, own) for s in kept_constructor(analysis)], plain)
@@ -68,7 +70,7 @@ def preparing(library: Library, analysis: Analysis, cut: Pieces) -> Preparing | 
     )
     found = host_media(
         cut.encode,
-        parameters,
+        given,
         media,
         _processors(library, analysis),
         {h.name: h.node for h in analysis.helpers},
@@ -87,7 +89,7 @@ def preparing(library: Library, analysis: Analysis, cut: Pieces) -> Preparing | 
         INDEX in named or any(optional for _, optional in configs),
         tuple(kept),
         found.program,
-        tuple(p.name for p in analysis.parameters if p.name in needed & parameters),
+        tuple(p.name for p in analysis.parameters if p.name in needed & given),
         found,
     )
 
@@ -106,8 +108,12 @@ def stays(refused: Refused) -> str:
 
 
 def _is_function(method: cst.FunctionDef) -> bool:
-    """Whether a method reads nothing of its object."""
-    return not any(n.value == "self" for n in find(method.body, cst.Name)) and not is_property(method)
+    """Whether a method reads nothing of its object, draws no noise, and leaves its arguments as they are."""
+    if is_property(method) or any(n.value == "self" for n in find(method.body, cst.Name)) or draws_noise(method):
+        return False
+    given = {p.name.value for p in parameters(method)}
+    owners = (changed_by(call) for call in find(method.body, cst.Call))
+    return not any(owner is not None and uses(owner) & given for owner in owners)
 
 
 def _assigned(statements: Sequence[cst.BaseStatement]) -> list[str]:
@@ -181,7 +187,7 @@ def with_prepared(analysis: Analysis, cut: Pieces, found: HostMedia) -> tuple[An
 
 def _static(function: cst.FunctionDef) -> cst.FunctionDef:
     """A method that reads nothing of its object, callable without one."""
-    if any(code(d.decorator) == "staticmethod" for d in function.decorators):
+    if any(code(d.decorator) in ("staticmethod", "classmethod") for d in function.decorators):
         return function
     (_, *rest), lines = function.params.params, function.leading_lines
     static = cst.Decorator(cst.Name("staticmethod"), leading_lines=lines)

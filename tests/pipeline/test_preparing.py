@@ -9,12 +9,14 @@ START = "        embeds = self.encode_prompt(prompt, lora_scale=lora_scale)\n"
 RANDOM = "latents = torch.randn(1, 4, height // self.vae_scale_factor, generator=generator)"
 
 
-def with_picture(studio: Studio, statements: str, methods: str = "", use: str = "picture") -> PipelinePort:
+def with_picture(
+    studio: Studio, statements: str, methods: str = "", use: str = "picture", head: str = HEAD
+) -> PipelinePort:
     """A pipeline that takes a picture and a mask, with these statements ahead of its latents."""
     call = CALL.replace("self, prompt:", "self, image=None, mask_image=None, prompt:")
     indented = "".join(f"        {line}\n" for line in statements.splitlines())
     call = call.replace(START, START + indented).replace(RANDOM, f"{RANDOM} + self.vae.encode({use})")
-    return studio.port(HEAD + INIT + methods + call)
+    return studio.port(head + INIT + methods + call)
 
 
 def function_of(port: PipelinePort) -> str:
@@ -133,6 +135,19 @@ def test_what_only_the_worker_knows_keeps_the_picture_there_with_file_and_line(s
 def test_noise_on_the_picture_keeps_it_in_the_worker(studio: Studio) -> None:
     port = with_picture(studio, "picture = self.image_processor.preprocess(image + torch.randn(image.shape))")
     assert port.pre_process is None and "noise" in port.features["pre_process"].reason
+
+
+def test_a_function_that_draws_noise_keeps_the_picture_in_the_worker(studio: Studio) -> None:
+    source = HEAD + "def noisy(picture):\n    return picture + torch.randn_like(picture)\n\n\n"
+    port = with_picture(studio, "picture = self.image_processor.preprocess(noisy(image))", head=source)
+    assert port.pre_process is None and "noise" in port.features["pre_process"].reason
+
+
+def test_a_method_that_changes_its_argument_is_not_called_from_the_function(studio: Studio) -> None:
+    method = "\n    def shorter(self, pictures):\n        pictures.pop()\n        return pictures\n\n"
+    port = with_picture(studio, "picture = self.image_processor.preprocess(self.shorter(image))", method)
+    assert port.pre_process is None and "self.shorter is a method" in port.features["pre_process"].reason
+    assert "staticmethod" not in printed(port)
 
 
 def test_a_list_of_the_request_is_not_added_to(studio: Studio) -> None:

@@ -16,8 +16,8 @@ import libcst as cst
 from msgspec import Struct
 
 from porter.facts.pipeline.host_program import (
-    GROWING,
     branch,
+    changed_by,
     grown,
     hand_over,
     is_message,
@@ -48,8 +48,6 @@ from porter.source.tree import (
 )
 
 _WORKER = frozenset({"generator"})
-_CHANGING = frozenset({"pop", "popitem", "remove", "clear", "update", "setdefault", "sort", "reverse"})
-"""Methods that change a list or dictionary, which may be the request's own."""
 
 
 class Unit(Struct, frozen=True):
@@ -297,14 +295,17 @@ class _Walk:
         """An expression without the worker's object; Unknown if it reads something that only the worker has."""
         for name in sorted(uses(node) - scope.known):
             return Unknown(scope.why.get(name) or f"{name} is known to the worker only")
-        for each in find(node, cst.Name):
-            if DOT in each.value and "rand" in each.value.rpartition(DOT)[2]:
-                return Unknown("it draws noise")
+        if any(self.values.draws(n.value) for n in find(node, cst.Name) if DOT in n.value):
+            return Unknown("it draws noise")
         for call in find(node, cst.Call):
-            changing = call.func.attr.value if isinstance(call.func, cst.Attribute) else ""
-            if changing in _CHANGING or (changing.endswith("_") and not changing.endswith("__")):
+            if changed_by(call) is not None and not self._grows_own(call, scope):
                 return Unknown(f"{code(call.func).replace(DOT, '.')} changes a value in place")
         return self.values.expression(substitute(node, scope.holes))
+
+    def _grows_own(self, call: cst.Call, scope: Scope) -> bool:
+        """Whether a call adds to a list that the program itself made."""
+        owner = call.func.value if isinstance(call.func, cst.Attribute) else None
+        return isinstance(owner, cst.Name) and owner.value in scope.fresh and bool(grown(call))
 
     def _resolved(self, node: cst.BaseStatement, scope: Scope) -> cst.BaseStatement | Unknown:
         new = self.values.expression(substitute(quiet(node), scope.holes))
@@ -356,11 +357,6 @@ class _Walk:
         if isinstance(node, cst.Expr) and isinstance(node.value, cst.Call):
             if is_message(node.value):
                 return None
-            func = node.value.func
-            owner = func.value if isinstance(func, cst.Attribute) else None
-            grows = isinstance(func, cst.Attribute) and func.attr.value in GROWING
-            if isinstance(owner, cst.Name) and DOT not in owner.value and not (grows and owner.value in scope.fresh):
-                return Unknown(f"{code(func)} changes what the request holds")
             found = self._host(node.value, scope)
             return found if isinstance(found, Unknown) else None
         if isinstance(node, cst.Raise):

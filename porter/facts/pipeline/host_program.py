@@ -18,6 +18,18 @@ GROWING = frozenset({"append", "extend", "insert"})
 """Methods that add to a list."""
 
 
+_CHANGING = GROWING | {"pop", "popitem", "remove", "clear", "update", "setdefault", "sort", "reverse"}
+
+
+def changed_by(call: cst.Call) -> cst.BaseExpression | None:
+    """The list, dictionary or tensor that a call of its method changes in place: `x.pop()`, `x.clamp_()`."""
+    if not isinstance(call.func, cst.Attribute):
+        return None
+    name = call.func.attr.value
+    in_place = name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
+    return call.func.value if in_place else None
+
+
 def hand_over(keys: Sequence[str], values: Sequence[cst.BaseExpression]) -> list[cst.BaseStatement]:
     """`prepared["x"] = x` for each value."""
     pairs = zip(keys, values, strict=True)

@@ -12,7 +12,7 @@ from porter.facts.pipeline.liveness import uses
 from porter.facts.pipeline.members import Members, self_reads
 from porter.model import Unknown
 from porter.source.library import Library
-from porter.source.names import dotted, referenced
+from porter.source.names import DOT, dotted, qualified, referenced
 from porter.source.tree import (
     body,
     children,
@@ -29,6 +29,7 @@ from porter.source.tree import (
 )
 
 INDEX = "model_index"
+_NOISE = "rand"
 
 
 class HostValues:
@@ -48,6 +49,19 @@ class HostValues:
     ) -> None:
         self.library, self.members, self.own, self.functions = library, members, own, functions
         self.components = {c.name: c for c in components}
+        self._drawing: dict[str, bool] = {}
+
+    def draws(self, name: str) -> bool:
+        """Whether an absolute name is a function that draws noise, or calls such a one directly."""
+        if _NOISE in name.rpartition(DOT)[2]:
+            return True
+        target = qualified(name)
+        if target is None or not target.startswith("diffusers.pipelines."):
+            return False
+        if target not in self._drawing:
+            found = self.library.definition(target)
+            self._drawing[target] = not isinstance(found, Unknown) and draws_noise(found.node)
+        return self._drawing[target]
 
     def expression(self, node: cst.CSTNode) -> cst.CSTNode | Unknown:
         """The node with every read of `self` replaced."""
@@ -142,6 +156,11 @@ class HostValues:
         if isinstance(definition, Unknown) or not isinstance(definition.node, cst.ClassDef):
             return None
         return method(definition.node, "__init__")
+
+
+def draws_noise(node: cst.CSTNode) -> bool:
+    """Whether a function of another module that draws noise is named below a node."""
+    return any(DOT in n.value and _NOISE in n.value.rpartition(DOT)[2] for n in find(node, cst.Name))
 
 
 def self_chains(node: cst.CSTNode, compared: bool = False) -> list[tuple[cst.BaseExpression, bool]]:
