@@ -26,7 +26,7 @@ from porter.halves import beside
 from porter.manifest import Manifest, PortEntry, manifest_text
 from porter.model import Diagnostic, PorterError, Unit
 from porter.pins import DIFFUSERS
-from porter.pipeline import Denoiser, PipelinePort, port_pipeline
+from porter.pipeline import Denoiser, PipelinePort
 from porter.pipeline.registration import PortRow, folder_init, package_files
 from porter.pipeline.tables import load_tables
 from porter.shares import share_out
@@ -64,6 +64,8 @@ class Around(Struct, frozen=True):
     port: PipelinePort
     files: Mapping[str, Finished]
     checked: tuple[Diagnostic, ...]
+    formatted: Mapping[str, str]
+    """Texts of `__init__.py` before and after formatting."""
 
 
 def convert(
@@ -203,6 +205,7 @@ class _Conversion:
         self.diagnostics: list[Diagnostic] = []
         self.finished: dict[str, Finished] = {}
         self.checked: list[Diagnostic] = []
+        self.formatted: dict[str, str] = {}
 
     def add(self, target: Target, *, alone: bool) -> None:
         """Convert one target: its denoisers first, then the pipeline around them.
@@ -252,6 +255,7 @@ class _Conversion:
                     return self._pipeline(target, denoisers)
                 self.finished.update(made.files)
                 self.checked += made.checked
+                self.formatted.update(made.formatted)
                 return made.port
 
             yield pipeline
@@ -266,10 +270,15 @@ class _Conversion:
         folder = next(iter(denoisers.values())).module.removesuffix("_transformer")
         run._print({f"{folder}/{port.module}.py": self._marked(port, digest)})
         files = {name: replace(f, tree=None) for name, f in run.finished.items()}
-        return Around(replace(port, unit=Unit((), port.cls)), files, tuple(run.checked))
+        row = PortRow(port.arch, folder, port.module, port.cls, port.pre_process, port.post_process)
+        init = folder_init(folder, {(d.module, d.cls) for d in denoisers.values()}, [row])
+        run._format({f"{folder}/__init__.py": init})
+        return Around(replace(port, unit=Unit((), port.cls)), files, tuple(run.checked), run.formatted)
 
     def _pipeline(self, target: Target, denoisers: Mapping[str, Denoiser]) -> PipelinePort:
         """The port of a pipeline. Raises PorterError (PORT005 when its loop calls something that is no transformer)."""
+        from porter.pipeline import port_pipeline  # in the process that needs it
+
         pipeline = port_pipeline(self.library, target.qualified, denoisers, self.rules)
         ported = {d.source for d in denoisers.values()}
         if others := sorted(f"{d.component} is a {d.source}" for d in pipeline.denoisers if d.source not in ported):
@@ -298,7 +307,7 @@ class _Conversion:
         files = {name: f.text for name, f in self.finished.items()}
         entries = self._entries(files, evidence)
         folders = sorted({p.folder for p in self.transformers.values()})
-        files.update(linemap.format_files({f"{folder}/__init__.py": self._init(folder, entries) for folder in folders}))
+        files.update(self._format({f"{folder}/__init__.py": self._init(folder, entries) for folder in folders}))
         for folder in folders:
             files[f"{folder}/port.json"] = port_record(folder, self, self.finished)
         edits = sum(p.edits for p in self.transformers.values())
@@ -313,6 +322,12 @@ class _Conversion:
         finished = linemap.finish(marked)
         self.checked += check_files({name: f.tree or f.text for name, f in finished.items()})
         self.finished.update(finished)
+
+    def _format(self, texts: Mapping[str, str]) -> dict[str, str]:
+        """Formatted texts by file; what was formatted before is not formatted again."""
+        new = linemap.format_files({name: text for name, text in texts.items() if text not in self.formatted})
+        self.formatted.update({texts[name]: text for name, text in new.items()})
+        return {name: self.formatted[text] for name, text in texts.items()}
 
     def _header(self, public: str, qualified: str, digest: str) -> str:
         span = self.library.span(qualified)

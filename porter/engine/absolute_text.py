@@ -28,7 +28,7 @@ def absolutise_text(
     tree = ast.parse(text)
     imports = _imports(tree)
     first_line = 0
-    if needs_wrapping(text) if wrap is None else wrap:
+    if _needs_wrapping(tree) if wrap is None else wrap:
         text, first_line = _wrapped(text, tree), -1
         tree = ast.parse(text)
     body = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom))]
@@ -48,8 +48,12 @@ def absolutise_text(
 
 def needs_wrapping(text: str) -> bool:
     """Whether a text has statements that can't stand in a unit by themselves."""
+    return _needs_wrapping(ast.parse(text))
+
+
+def _needs_wrapping(tree: ast.Module) -> bool:
     alone = (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.Import, ast.ImportFrom)
-    return not all(isinstance(n, alone) for n in ast.parse(text).body)
+    return not all(isinstance(n, alone) for n in tree.body)
 
 
 def _wrapped(text: str, tree: ast.Module) -> str:
