@@ -240,7 +240,9 @@ def one_call(
         if call.get("stop_after") is None or "Stop" not in repr(problem):
             error = _error(problem)
     runner.state_cache.clear()  # a call that raised leaves its requests there, and the next one has the same ids
-    record["output"] = torch.cat(outputs) if outputs and all(torch.is_tensor(o) for o in outputs) else None
+    tensors = [o for o in outputs if o is not None]
+    alike = len(tensors) == len(outputs) and len({t.shape[1:] for t in tensors}) == 1
+    record["output"] = torch.cat(tensors) if alike else None
     record["requests"] = len(outputs)
     return record | {"error": error, "seconds": time.perf_counter() - start}
 

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from porter.verify.compare import difference, rounded
 from porter.verify.outcome import BOUND, CaseResult
+from porter.verify.pipeline_spec import SEED, RequestCase
+
+
+def unequal_pictures(base: RequestCase) -> tuple[RequestCase, RequestCase] | None:
+    """Two requests whose results have the sizes of their pictures, which differ; None where no picture gives a size."""
+    if not base.images or {"height", "width"} & base.kwargs.keys():
+        return None
+    larger = {name: _larger(entry) for name, entry in base.images.items()}
+    return base, replace(base, images=larger, seed=SEED + 1)
+
+
+def _larger(entry: Any) -> Any:
+    """The description of a picture, or of several, with another shape."""
+    if isinstance(entry, dict):
+        return {**entry, "size": _larger(entry["size"])}
+    if all(isinstance(n, int) for n in entry):
+        return [2 * entry[0], entry[1]]
+    return [_larger(each) for each in entry]
 
 
 def same_as_alone(

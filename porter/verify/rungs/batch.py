@@ -12,7 +12,7 @@ from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.manifest import Port
 from porter.verify.outcome import CaseResult, RungResult, rung_of, skipped
 from porter.verify.pipeline_spec import PER_PROMPT, SEED, PipelineSpec, RequestCase
-from porter.verify.rungs.alone import same_as_alone
+from porter.verify.rungs.alone import same_as_alone, unequal_pictures
 from porter.verify.rungs.modes import guided, not_runnable
 from porter.verify.rungs.pipeline import call_of, checkpoint_of, port_job, raised
 
@@ -62,6 +62,9 @@ def _groups(base: RequestCase, spec: PipelineSpec) -> Iterator[tuple[str, list[t
     endings = ("", ", and longer", " seen from far away in the evening")
     longer = [_with_texts(base, lambda text, e=e: text + e) for e in endings]  # type: ignore[misc]
     yield "other-lengths", [(replace(c, seed=SEED + n), n) for n, c in enumerate(longer)]
+    pictures = unequal_pictures(base)
+    if pictures is not None:
+        yield "other-pictures", [(case, 0) for case in pictures]
     settings = _two_settings(base, spec)
     if settings is not None:
         one, other = settings

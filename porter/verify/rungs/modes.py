@@ -10,7 +10,7 @@ from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.manifest import Port
 from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of, skipped
 from porter.verify.pipeline_spec import SEED, PipelineSpec, RequestCase
-from porter.verify.rungs.alone import same_as_alone
+from porter.verify.rungs.alone import same_as_alone, unequal_pictures
 from porter.verify.rungs.pipeline import (
     MUST_WORK,
     call_of,
@@ -99,12 +99,14 @@ def step(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | N
         return rung_of("step", port.source_class, [CaseResult("load", "failed", raised(error))], clock())
     records = torch.load(out, weights_only=True)
     results = [timed(judge(c, p["want"], _unordered(r)), {}, r) for c, p, r in zip(cases, pairs, records, strict=True)]
-    both = _by_turns(guided(bench, spec)[0])
-    if both is not None and all(r.status != "failed" for r in results):
-        calls = [call_of(bench, spec, checkpoint, case, variant) for variant, case in enumerate(both)]
-        bench.engine(job | {"max_num_seqs": 2, "calls": [{"requests": calls}, *calls]})
-        together, *alone = torch.load(out, weights_only=True)
-        results.append(same_as_alone("by-turns", together, alone, how="by turns with another"))
+    base = replace(guided(bench, spec)[0], stop_after=None)
+    pairs_by_name = {"by-turns": _by_turns(base), "other-pictures": unequal_pictures(base)}
+    for name, both in pairs_by_name.items():
+        if both is not None and all(r.status != "failed" for r in results):
+            calls = [call_of(bench, spec, checkpoint, case, variant) for variant, case in enumerate(both)]
+            bench.engine(job | {"max_num_seqs": 2, "calls": [{"requests": calls}, *calls]})
+            together, *alone = torch.load(out, weights_only=True)
+            results.append(same_as_alone(name, together, alone, how="beside another"))
     return rung_of("step", port.source_class, results, clock())
 
 
@@ -114,7 +116,7 @@ def _by_turns(base: RequestCase) -> tuple[RequestCase, RequestCase] | None:
     if not isinstance(steps, int):
         return None
     more = {**base.kwargs, "num_inference_steps": steps + 1}
-    return replace(base, stop_after=None), replace(base, stop_after=None, kwargs=more, seed=SEED + 1)
+    return base, replace(base, kwargs=more, seed=SEED + 1)
 
 
 def _answered(cases: list[RequestCase], pairs: list[dict[str, Any]]) -> tuple[list[RequestCase], list[dict[str, Any]]]:
