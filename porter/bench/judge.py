@@ -164,8 +164,9 @@ def parallel_verdicts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                     alone = modes.get("one-guided" if mode == "cfg" else "one", {}).get(stage, {})
                     kernels = by_kernels(part.get("rounds", []), alone.get("rounds", []))
                     good = part["apart"] <= found["bound"] and found["sharded"]
-                    rows.append({"denoiser": denoiser, "subject": subject, "mode": mode, "stage": stage, **kernels, **part,
-                                 "bound": found["bound"], "sharded": found["sharded"], "good": good,
+                    case = found.get("case") or next(iter(row["cases"]), "")
+                    rows.append({"denoiser": denoiser, "case": case, "subject": subject, "mode": mode, "stage": stage,
+                                 **kernels, **part, "bound": found["bound"], "sharded": found["sharded"], "good": good,
                                  "proof": found["proof"]})  # fmt: skip
     return rows
 

@@ -82,20 +82,21 @@ def read(path: Path) -> dict[str, Any]:
 def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Several results as one. What differs in layers, configuration or device is kept apart, under a longer name; a run
     on one card and a run on two of the same workload are joined; otherwise the later run of a workload replaces it. A
-    later run on the same device also replaces one in which no side ran, with its problems, whatever its workload was.
+    later run also replaces one in which no port ran, with its problems, whatever its workload was (on the same device, or
+    where a port ran at last). Modes of two cards that a later run left out stay.
 
     Every denoiser keeps the ceilings and the device of its own run. `commands` and `machines` list what was run where.
     """
     whole = dict(results[0], denoisers={}, requests={}, problems=[])
     whole["machines"] = [
-        {k: r[k] for k in ("device", "versions", "when", "ceilings", "command") if k in r} for r in results
+        {k: r[k] for k in ("device", "versions", "when", "ceilings", "links", "command") if k in r} for r in results
     ]
     whole["commands"] = list(dict.fromkeys(r["command"] for r in results))
     for result in results:
         device = result["device"].get("name") or "CPU"
         for name, row in result["denoisers"].items():
-            own = {**row, "ceilings": result["ceilings"], "device": device}
-            _drop_failed(whole, name, device)
+            own = {**row, "ceilings": result["ceilings"], "device": device, "parallel": _with_case(row)}
+            _drop_failed(whole, name, own)
             key = _key(whole["denoisers"], name, own)
             old = whole["denoisers"].get(key)
             whole["denoisers"][key] = own if old is None else _joined(old, own)
@@ -106,13 +107,24 @@ def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def _drop_failed(whole: dict[str, Any], name: str, device: str) -> None:
-    """Forget a run of a denoiser on one card in which nothing ran, because a later one follows."""
+def _with_case(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The modes of two cards, each with the case that it ran: rows that are joined may have other cases."""
+    first = next(iter(row["cases"]), None)
+    return {s: {m: {"case": first, **found} for m, found in modes.items()} for s, modes in row["parallel"].items()}
+
+
+def _drop_failed(whole: dict[str, Any], name: str, later: Mapping[str, Any]) -> None:
+    """Forget a run of a denoiser on one card in which no port ran, because a later one follows: on the same card, or on
+    another one where a port did run."""
     for key, row in list(whole["denoisers"].items()):
-        ran = any(side["runs"] for side in row["sides"].values())
-        if key.split(",")[0] == name and row["device"] == device and row["sides"] and not ran:
+        again = row["device"] == later["device"] or _port_ran(later)
+        if key.split(",")[0] == name and again and row["sides"] and not _port_ran(row):
             del whole["denoisers"][key]
             whole["problems"] = [p for p in whole["problems"] if p["where"].split()[0] != name]
+
+
+def _port_ran(row: Mapping[str, Any]) -> bool:
+    return any(side["runs"] for name, side in row["sides"].items() if name.startswith("port"))
 
 
 def _key(rows: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> str:
@@ -127,6 +139,8 @@ def _key(rows: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> str:
 def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     if new["sides"] and not old["sides"]:
         old, new = new, old
+    modes = {s: {**old["parallel"].get(s, {}), **found} for s, found in new["parallel"].items()}
+    parallel = {**old["parallel"], **modes}
     if old["sides"] and not new["sides"]:  # one card, then two
-        return {**old, "parallel": {**old["parallel"], **new["parallel"]}}
-    return {**old, **new, "parallel": {**old["parallel"], **new["parallel"]}}
+        return {**old, "parallel": parallel}
+    return {**old, **new, "parallel": parallel}

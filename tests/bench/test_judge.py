@@ -173,6 +173,19 @@ def test_one_card_and_two_of_the_same_workload_are_joined() -> None:
         assert row["sides"] and row["parallel"]
 
 
+def test_a_later_run_of_other_modes_leaves_the_earlier_ones_and_their_cases() -> None:
+    first, later = record(), record()
+    first["denoisers"]["M"] |= {"cases": {"wide": {}}, "parallel": {"port": {"one": {"v": 1}, "tp": {"v": 1}}}}
+    later["denoisers"]["M"] |= {"cases": {"tall": {}}, "parallel": {"port": {"one": {"v": 2}, "cfg": {"v": 2}}}}
+    (row,) = merge([first, later])["denoisers"].values()
+    modes = row["parallel"]["port"]
+    assert {m: (f["case"], f["v"]) for m, f in modes.items()} == {
+        "one": ("tall", 2),
+        "tp": ("wide", 1),
+        "cfg": ("tall", 2),
+    }
+
+
 def test_two_cards_are_compared_by_the_rank_that_waits_least() -> None:
     def ranks(*kernels: float | None) -> list[dict[str, Any]]:
         return [{"kernel_ms": k} for k in kernels]
@@ -193,3 +206,12 @@ def test_a_later_run_replaces_one_in_which_nothing_ran_and_its_problems() -> Non
     assert list(whole["denoisers"]) == ["M"] and whole["denoisers"]["M"]["config"] == {}
     assert [p["where"] for p in whole["problems"]] == ["ceilings"]
     assert list(merge([later, failed])["denoisers"]) != ["M"], "a failure after a good run is kept beside it"
+
+
+def test_a_failure_stays_until_a_port_ran_be_it_on_another_card() -> None:
+    failed, later = record(), record(**{"port-eager": timed(2.0)})
+    failed["denoisers"]["M"] |= {"sides": {"diffusers-eager": timed(1.0), "port-eager": timed() | {"runs": {}}}}
+    later["device"] = {"name": "another card", "cuda": True}
+    assert [r["device"] for r in merge([failed, later])["denoisers"].values()] == ["another card"]
+    later["denoisers"]["M"]["sides"]["port-eager"]["runs"] = {}
+    assert [r["device"] for r in merge([failed, later])["denoisers"].values()] == ["card", "another card"]

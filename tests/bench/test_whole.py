@@ -39,7 +39,7 @@ PUBLISHED = {
 def test_every_request_has_a_known_size_and_a_case() -> None:
     assert set(known_requests()) == set(PUBLISHED)
     for name in known_requests():
-        request = load_request(name, ("transformer",))
+        request = load_request(name, ("transformer", "transformer_2"))  # the second one is optional
         assert request.full and request.cases and "transformer" in request.components
 
 

@@ -60,7 +60,7 @@ def _parallel(data: Mapping[str, Any]) -> str:
     lines.append(_row(["---"] * 5 + ["---:"] * 5 + ["---"]))
     for v in rows:
         row = data["denoisers"][v["denoiser"]]
-        name, case = _subject(v["denoiser"], next(iter(row["cases"])))
+        name, case = _subject(v["denoiser"], v["case"])
         cells = [name + (" (hand port)" if v["subject"] == "hand" else ""), case, _layers(row), f"2 x {_card(data, row)}",
                  v["mode"], f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
                  f"{v['kernel_speedup']:.2f}" if v.get("kernel_speedup") else "",

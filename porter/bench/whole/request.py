@@ -86,7 +86,7 @@ def load_request(
     data = _read(path)
     cut = cut_depth(data["depth"], depth)
     components = {n: dict(numbers or {}) for n, numbers in data["components"].items()}
-    for name in denoisers:
+    for name in set(denoisers) & set(components):  # a second denoiser may be left out
         components[name] |= {k: run for k, (run, whole) in cut.items() if run != whole}
     cases = [
         _case(row["name"], {**data.get("call", {}), **row.get("call", {})}, row.get("prompts", 1))
