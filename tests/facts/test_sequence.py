@@ -161,6 +161,32 @@ def test_a_mask_that_every_rank_has_in_full_counts_all_tokens():
     assert counted(block, **WITH_MASK) == [("x.shape[1]", ("x",))]
 
 
+PAIRS = """
+b, n, _ = x.shape
+whole = torch.ones((b, n))
+whole[:, :n] = mask
+whole = whole.unsqueeze(2)
+mask = (whole @ whole.transpose(1, 2) > 0).unsqueeze(1)
+"""
+
+
+def test_a_mask_of_every_pair_of_tokens_is_made_of_all_of_them():
+    assert counted(PAIRS + MASKED, **WITH_MASK) == [("n", ("x",)), ("n", ("x",))]
+    longer = "n = x.shape[1]\nmask = F.pad(mask, (0, n - mask.shape[1])).bool()\nrows = mask.view(2, 1, 1, n)"
+    block = f"{longer}.repeat(1, 1, n, 1)\nmask = rows & rows.transpose(2, 3)\n" + MASKED
+    assert [found for found, _ in counted(block, **WITH_MASK)] == ["n", "n", "n"]
+
+
+def test_tokens_multiplied_with_tokens_have_no_plan():
+    assert "multiplied with tokens" in reason("x = x @ x.transpose(1, 2) @ x\n" + SELF)
+    block = PAIRS.replace("= mask", "= x[:, :, 0]") + MASKED
+    assert "tokens are written into a tensor" in reason(block, **WITH_MASK)
+
+
+def test_what_is_made_for_this_rank_s_tokens_stays_of_its_length():
+    assert counted("x = x + torch.ones((2, x.shape[1], 1))\n" + MASKED, **WITH_MASK) == []
+
+
 def test_a_number_compared_with_the_length_of_a_divided_table_is_this_rank_s():
     block = "if freqs.shape[-2] == x.shape[1]:\n    x = x * freqs\n" + SELF
     assert counted(block, arguments="x, freqs", loop="x = block(x, freqs)", inputs="x, freqs") == []

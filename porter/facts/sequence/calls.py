@@ -62,8 +62,9 @@ class Counted(Struct, frozen=True):
 
 @dataclass
 class Findings:
-    """What following a forward brings up."""
+    """What following a forward brings up. With `pairs`, tensors that are made by their shape are of all ranks' tokens."""
 
+    pairs: bool = False
     counted: dict[int, Counted] = field(default_factory=dict)
     attention: dict[int, list[AttentionUse]] = field(default_factory=dict)
     met: Met = field(default_factory=Met)

@@ -23,6 +23,7 @@ from porter.facts.sequence.classes import Classes
 from porter.facts.sequence.conditions import refine, truth
 from porter.facts.sequence.indexing import indexed, whole_indexed
 from porter.facts.sequence.values import (
+    ALL_TOKENS,
     NONE,
     OTHER,
     Conflict,
@@ -44,6 +45,7 @@ from porter.facts.sequence.values import (
     has_tokens,
     joined,
     merged,
+    of_all_tokens,
     opaque,
     whole,
 )  # fmt: skip
@@ -302,6 +304,12 @@ class Frame:
         if isinstance(owner, Tokens):
             return indexed(owner, node, lambda each: self.eval(each, env))
         if isinstance(owner, Whole):
+            bounds = [
+                b for e in node.slice if isinstance(e.slice, cst.Slice) for b in (e.slice.lower, e.slice.upper) if b
+            ]
+            if owner.name == ALL_TOKENS and any(isinstance(self.eval(b, env), Length) for b in bounds):
+                if self.whole_lengths(bounds, env):
+                    return opaque([owner])
             return whole_indexed(owner, node, lambda each: self.eval(each, env))
         return owner
 
@@ -362,7 +370,7 @@ class Frame:
         if isinstance(node.operator, cst.MatrixMultiply) and has_tokens(left, right):
             if isinstance(left, Tokens) and not has_tokens(right):
                 return operations.method("matmul", left, [right], {}, self.findings.met)
-            raise NotShardable("tokens are multiplied with tokens outside the attention layer")
+            raise shapes.Paired("tokens are multiplied with tokens outside the attention layer")
         if counted(left) is not None or counted(right) is not None:
             if has_tokens(left, right):
                 raise NotShardable("numbers of all and of this rank's tokens are mixed")
@@ -408,9 +416,10 @@ class Frame:
         if isinstance(known, Functions):
             return self.tabled(known, args, kwargs)
         if isinstance(node.func, cst.Name) and not isinstance(known, (Instance, Partial, Modules)):
-            if name in operations.OF_ALL_TOKENS and not any(isinstance(v, Tokens) for v in args):
+            counts = name in operations.OF_ALL_TOKENS or (self.findings.pairs and name in operations.MADE)
+            if counts and not any(isinstance(v, Tokens) for v in args):
                 if self.whole_lengths([a.value for a in node.args], env):
-                    return opaque(args)
+                    return of_all_tokens(args)
             return self.named(name, args, kwargs)
         if isinstance(node.func, cst.Attribute):
             owner = self.eval(node.func.value, env)
@@ -420,6 +429,9 @@ class Frame:
                     return owner
                 return operations.method(method, owner, args, kwargs, self.findings.met)
             if isinstance(owner, Whole):
+                if owner.name == ALL_TOKENS and any(isinstance(v, Length) for v in args):
+                    if self.whole_lengths([a.value for a in node.args], env):
+                        return of_all_tokens([owner])
                 if any(isinstance(v, Tokens) for v in (*args, *kwargs.values())) and method in operations.ELEMENTWISE:
                     if method in ("to", "type_as", "expand_as"):
                         return owner

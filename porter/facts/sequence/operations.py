@@ -48,6 +48,7 @@ _MADE_BY_SHAPE = frozenset({"ones", "zeros", "full", "empty", "new_ones", "new_z
 
 OF_ALL_TOKENS = frozenset({"torch.nn.functional.pad", "porter_template.valid_keys", "math.log"})
 """Functions of something that every rank has in full: a number of tokens they are given counts those of all ranks."""
+MADE = frozenset({"torch.ones", "torch.zeros"})
 
 
 def pointwise(cls: str) -> bool:

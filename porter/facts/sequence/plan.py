@@ -11,7 +11,7 @@ from porter.facts.sequence.calls import AttentionUse, Counted, Env, Findings
 from porter.facts.sequence.classes import Classes
 from porter.facts.sequence.follow import Frame
 from porter.facts.sequence.region import block_loops, handed_on, maybe_none, read_after, read_behind
-from porter.facts.sequence.shapes import Joined, Parallel
+from porter.facts.sequence.shapes import Joined, Paired, Parallel
 from porter.facts.sequence.tables import Entry, variables
 from porter.facts.sequence.values import (
     NONE,
@@ -153,6 +153,10 @@ def _with_more_streams(search: _Search, axis: int) -> SequencePlan:
             streams = (*streams, Stream(min(found), rank, 1, min(found)))
         except Copied as problem:
             streams = (*streams, replace(problem.stream, name=problem.name))
+        except Paired:
+            if search.pairs:
+                raise
+            search.pairs = True
         except Parallel as problem:
             streams = tuple(replace(s, tokens=problem.second) if s.tokens == problem.first else s for s in streams)
     raise NotShardable("more and more tensors are concatenated with the tokens")
@@ -178,6 +182,7 @@ class _Search:
         refused: tuple[str, ...],
     ) -> None:
         self.unit, self.classes, self.forward, self.region, self.refused = unit, classes, forward, region, refused
+        self.pairs = False
 
     def plan(self, streams: tuple[Stream, ...]) -> SequencePlan:
         if not streams:
@@ -221,6 +226,7 @@ class _Search:
     def follow(self, streams: tuple[Stream, ...], gather: Gather | None) -> _Root:
         run = _Root(self.classes, self.unit.root, set(map(id, self.region)), streams, gather)
         run.empty = frozenset(self.unit.facts.get("refused", ()))  # type: ignore[call-overload]
+        run.findings.pairs = self.pairs
         run.read_later = read_after(self.forward, self.region[0])
         run.start(self.forward, self.refused)
         return run

@@ -17,6 +17,10 @@ class Parallel(NotShardable):
         self.first, self.second = first, second
 
 
+class Paired(NotShardable):
+    """Every token is set beside every other one: what is so much larger than the tokens is made of all of them (a mask)."""
+
+
 class Joined(NotShardable):
     """Tokens stand side by side with other tensors, along `axis` < 0: these may be a stream as well."""
 

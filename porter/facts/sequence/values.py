@@ -164,6 +164,8 @@ def whole(
     return found
 
 
+ALL_TOKENS = "all tokens"
+"""Name of an opaque value that counts the tokens of all ranks."""
 OTHER = Other()
 NONE = Const(None)
 FIXED = Whole("fixed")
@@ -204,6 +206,13 @@ def _origin(value: Value) -> Value:
     while isinstance(value, Whole) and (value.op == "last" or value.kind == "boundary") and value.base:
         value = value.base[0]
     return value
+
+
+def of_all_tokens(values: list[Value]) -> Value:
+    """A tensor that every rank has in full, whose shape is made of numbers of tokens: those of all ranks."""
+    flat = [v for value in values for v in flattened(value)]
+    base = tuple(dict.fromkeys(v for v in flat if isinstance(v, Whole)))
+    return whole("opaque", name=ALL_TOKENS, base=base)
 
 
 def origins(value: Value) -> set[str]:
