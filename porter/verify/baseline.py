@@ -215,11 +215,14 @@ class PassThrough:
 def provide_stand_ins(wanted):
     """Make packages with such classes importable, and known to Diffusers as installed."""
     import importlib.machinery
+    import importlib.util
     import types
 
     from diffusers.utils import import_utils
 
     for package, classes in wanted.items():
+        if package not in sys.modules and importlib.util.find_spec(package) is not None:
+            continue  # the package itself is there
         module = types.ModuleType(package)
         module.__spec__ = importlib.machinery.ModuleSpec(package, None)
         for name in classes:

@@ -7,6 +7,7 @@ that loads it, on either side, has them.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
 import json
 import sys
 import types
@@ -37,6 +38,8 @@ def provide(wanted: Mapping[str, Sequence[str]]) -> None:
     from diffusers.utils import import_utils
 
     for package, classes in wanted.items():
+        if package not in sys.modules and importlib.util.find_spec(package) is not None:
+            continue  # the package itself is there
         module = types.ModuleType(package)
         module.__spec__ = importlib.machinery.ModuleSpec(package, None)
         for name in classes:
