@@ -30,6 +30,7 @@ from porter.pipeline import Denoiser, PipelinePort
 from porter.pipeline.registration import PortRow, folder_init, package_files
 from porter.pipeline.tables import load_tables
 from porter.shares import share_out
+from porter.shipment import Shipment, shipped
 from porter.source.library import Library, open_library
 from porter.targets import Target, all_targets, find_target
 from porter.transformer.policy import Policy, load_policy
@@ -247,10 +248,13 @@ class _Conversion:
             return
         expected = {c: Denoiser(c, *port_name(self.library, q)) for c, q in target.denoisers.items()}
         digest = self.digest
-        with beside(lambda: self._printed_pipeline(target, expected, digest)) as printed:
+        with beside(
+            lambda: self._printed_pipeline(target, expected, digest), lambda: shipped(self.library, target)
+        ) as other:
+            self.library.given = Shipment(other.sent_ahead).definition
 
             def pipeline(denoisers: Mapping[str, Denoiser]) -> PipelinePort:
-                made = printed() if denoisers == expected else None
+                made = other.result() if denoisers == expected else None
                 if made is None:
                     return self._pipeline(target, denoisers)
                 self.finished.update(made.files)

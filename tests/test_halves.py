@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from porter.convert import convert
-from porter.halves import beside
+from porter.halves import Other, beside
 from porter.model import Diagnostic, PorterError
 from porter.shares import processes
+from porter.shipment import Shipment, shipped
+from porter.source.library import open_library
+from porter.targets import find_target
 from tests.circumstances import stopped
 from tests.test_bad_input import WAYS, needs_proc
 
@@ -53,8 +56,8 @@ def test_a_pipeline_that_cannot_be_ported_leaves_its_transformer_and_says_why() 
 @needs_two
 def test_work_is_done_in_another_process(monkeypatch) -> None:
     monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest may run with threads of its own
-    with beside(os.getpid) as result:
-        assert result() != os.getpid()
+    with beside(os.getpid) as other:
+        assert other.result() != os.getpid()
 
 
 @pytest.mark.parametrize("end", [lambda: os._exit(1), lambda: os.kill(os.getpid(), 9)], ids=["ended", "killed"])
@@ -66,16 +69,16 @@ def test_what_another_process_did_not_do_is_done_here(end) -> None:
             end()
         return os.getpid()
 
-    with beside(work) as result:
-        assert result() == here
+    with beside(work) as other:
+        assert other.result() == here
 
 
 def test_an_error_of_the_other_process_is_raised_here() -> None:
     def work() -> None:
         raise PorterError(Diagnostic("PORT013", "no"))
 
-    with beside(work) as result, pytest.raises(PorterError, match="PORT013 no"):
-        result()
+    with beside(work) as other, pytest.raises(PorterError, match="PORT013 no"):
+        other.result()
 
 
 @needs_proc
@@ -87,6 +90,37 @@ def test_no_process_is_left_when_its_result_is_not_wanted() -> None:
     with pytest.raises(PorterError), beside(lambda: os.read(os.pipe()[0], 1)):
         raise PorterError(Diagnostic("PORT013", "no"))
     assert children() == before
+
+
+@needs_two
+def test_what_is_sent_ahead_comes_once_and_in_order(monkeypatch) -> None:
+    monkeypatch.setattr("threading.active_count", lambda: 1)
+    with beside(lambda: "made", lambda: ["a", "b" * 300_000]) as other:
+        assert other.result() == "made"
+    with beside(lambda: "made", lambda: ["a", "b" * 300_000]) as other:
+        found: list[object] = []
+        while len(found) < 2:
+            found += other.sent_ahead()
+        assert found == ["a", "b" * 300_000] and other.sent_ahead() == [] and other.result() == "made"
+
+
+def test_without_another_process_nothing_is_sent_ahead() -> None:
+    assert Other(lambda: "made").sent_ahead() == []
+
+
+def test_definitions_that_were_shipped_are_those_that_the_library_reads() -> None:
+    library = open_library()
+    parcels = list(shipped(library, find_target(library, PIPELINE)))
+    assert parcels
+    shipment = Shipment(lambda: [parcels.pop()] if parcels else [])
+    names = [p[0] for p in parcels]
+    for name in names * 2:  # they arrive one by one
+        if (found := shipment.definition(name)) is not None:
+            own = library.definition(name)
+            assert found.node.deep_equals(own.node)
+            assert (found.name, found.module, found.file) == (own.name, own.module, own.file)
+            names.remove(name)
+    assert names == [] and shipment.definition("diffusers.models.attention.FeedForward") is None
 
 
 @needs_two

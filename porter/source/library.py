@@ -10,7 +10,7 @@ import ast
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,14 +97,7 @@ class ModuleSource:
             line = self.lines[chunk.start - 1]
             name = outline.defined(line)
             if name is not None and not outline.is_import(line) and not outline.is_block(line):
-                kind = (
-                    "ClassDef"
-                    if line.startswith("class ")
-                    else "Assign"
-                    if not line.startswith(("def ", "async "))
-                    else "FunctionDef"
-                )
-                found.setdefault(name, TopLevel(name, kind, chunk.first, chunk.start, chunk.last))
+                found.setdefault(name, TopLevel(name, outline.kind(line), chunk.first, chunk.start, chunk.last))
         stand_ins = {id(n) for block in self.blocks for n in _stand_ins(block)}
         for node in _module_level(self.blocks):
             if id(node) in stand_ins:
@@ -246,6 +239,8 @@ class Library:
     _asked: set[str] = field(default_factory=set)
     _bases: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _ancestors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    given: Callable[[str], Definition | None] = lambda name: None
+    """A definition by canonical name that was read from this source elsewhere; None if this library has to read it."""
 
     def module(self, name: str) -> ModuleSource | None:
         """The module of that qualified name, or None if the library has no such file."""
@@ -288,6 +283,8 @@ class Library:
     def definition(self, name: str) -> Definition | Unknown:
         """The absolute, line-marked tree of a top-level definition."""
         name = self.canonical(name)
+        if name not in self._definitions and (given := self.given(name)) is not None:
+            self._definitions[name] = given
         if name not in self._definitions:
             parent, _, last = name.rpartition(".")
             module = self.module(parent)

@@ -98,6 +98,13 @@ def defined(line: str) -> str | None:
     return (found[1] or found[2]) if found else None
 
 
+def kind(line: str) -> str:
+    """Class of Python's tree that a top-level line which defines a name begins."""
+    if line.startswith("class "):
+        return "ClassDef"
+    return "FunctionDef" if line.startswith(("def ", "async ")) else "Assign"
+
+
 def statements(lines: list[str], chunk: Chunk) -> list[ast.stmt]:
     """Statements of a chunk, with line numbers of the file. Raises SyntaxError."""
     above = "\n" * (chunk.first - 1)  # cheaper than counting up the numbers of all nodes

@@ -78,6 +78,17 @@ def port_transformer(library: Library, name: str, rules: RuleSet, policy: Policy
     )  # fmt: skip
 
 
+def shared_classes(library: Library, name: str) -> list[str]:
+    """Classes of other files that the port of a denoiser will look into, the longest ones first."""
+    source = library.canonical(name)
+    module = library.module(source.rpartition(".")[0])
+    above = library.ancestors(source)
+    imported = {library.canonical(target) for target in module.imports.values()} if module is not None else set()
+    found = [n for n in imported if n.startswith("diffusers.models.") and n not in above and library.is_torch_module(n)]
+    lines = {n: entry.last_line - entry.first_line for n in found if (entry := library.entry(n)) is not None}
+    return sorted(lines, key=lambda n: (-lines[n], n))
+
+
 def port_name(library: Library, name: str) -> tuple[str, str, str]:
     """Qualified name of a denoiser class, and module and class of its port, as they will be."""
     source = library.canonical(name)

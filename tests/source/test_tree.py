@@ -4,6 +4,7 @@ import libcst as cst
 import pytest
 
 from porter.source import tree
+from porter.source.shipping import packed, unpacked
 
 
 def module(text):
@@ -207,3 +208,23 @@ def test_a_change_leaves_the_node_and_its_other_fields_as_they_were():
 def test_a_node_is_an_instance_of_its_class_and_of_that_class_bases(kind, expected):
     assert isinstance(cst.Name("a"), kind) is expected
     assert issubclass(cst.Name, kind) is expected
+
+
+CLASS = """
+@d
+class A(B, c=1):
+    def f(self, *, a: int = 3, **k) -> None:
+        return [f'{a!r:>{w}}', (b, ), x[1:, ...], not a if b else -c]
+"""
+
+
+@pytest.mark.parametrize("text", ["x = 1  # why\n", CLASS])
+def test_a_tree_comes_out_of_another_process_as_it_went_in(text):
+    before = module(text)
+    after = unpacked(packed(before))
+    assert after.code == text and after.deep_equals(before)
+
+
+def test_an_unpacked_tree_has_each_node_of_code_once():
+    nodes = list(tree.walk(unpacked(packed(module("a = a + a\na = a + a\n")))))
+    assert len({id(n) for n in nodes}) == len(nodes) > 10
