@@ -38,7 +38,7 @@ import gc, json, resource, sys, time
 start = time.perf_counter()
 import libcst
 parser = time.perf_counter()
-gc.disable()  # as `porter.cli.entry` does, and so is the next but one
+gc.disable()  # as `porter.__main__` does
 import porter.cli, porter.commands, porter.convert
 imported = time.perf_counter()
 code = porter.cli.main(sys.argv[2:])

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from porter import exits
@@ -29,11 +30,16 @@ def alive(pid: int) -> bool:
         return False
 
 
-def stopped(arguments: list[str], number: int, how: int, everyone: bool, temporary: Path) -> str:
+PORTER = ("-m", "porter")
+
+
+def stopped(
+    arguments: list[str], number: int, how: int, everyone: bool, temporary: Path, program: Sequence[str] = PORTER
+) -> str:
     """Start a command, wait until it has `number` children, send it (or its group) a signal. Gives what it said."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "porter", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment, start_new_session=True,
     )  # fmt: skip
     try:

@@ -23,45 +23,51 @@ PIPELINE = "CogView4Pipeline"
 needs_two = pytest.mark.skipif(processes(1) < 2, reason="one processor converts in one process")
 
 
-def command(folder: Path, *python: str) -> dict[str, bytes]:
-    """Files that the command writes."""
-    subprocess.run(
-        [*python, "-m", "porter", "convert", PIPELINE, "--out", str(folder)], check=True, capture_output=True
+def program(idle: bool) -> list[str]:
+    """The command on a machine with an idle processor, or without one."""
+    start = (
+        f"import runpy, porter.halves as h; h.idle = lambda: {idle}; runpy.run_module('porter', run_name='__main__')"
     )
+    return ["-c", start]
+
+
+def written(folder: Path, idle: bool) -> dict[str, bytes]:
+    """Files that the command writes."""
+    command = [sys.executable, *program(idle), "convert", PIPELINE, "--out", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_number_of_processes_changes_no_byte_and_no_finding() -> None:
+@pytest.fixture
+def forking(monkeypatch):
+    """Whatever else runs here: other processes, threads of pytest's own."""
+    monkeypatch.setattr("porter.halves.idle", lambda: True)
+    monkeypatch.setattr("threading.active_count", lambda: 1)
+
+
+def test_the_number_of_processes_changes_no_byte_and_no_finding(forking) -> None:
     assert convert([PIPELINE], processes=2) == convert([PIPELINE])
 
 
 @needs_two
-def test_the_command_writes_the_same_where_there_is_one_processor(tmp_path: Path) -> None:
-    single = (
-        "import os, runpy; os.sched_getaffinity = lambda process: {0}; runpy.run_module('porter', run_name='__main__')"
-    )
-    alone = tmp_path / "one"
-    command_line = [sys.executable, "-c", single, "convert", PIPELINE, "--out", str(alone)]
-    subprocess.run(command_line, check=True, capture_output=True)
-    one = {p.relative_to(alone).as_posix(): p.read_bytes() for p in alone.rglob("*") if p.is_file()}
-    assert command(tmp_path / "two", sys.executable) == one
+def test_the_command_writes_the_same_where_no_processor_is_idle(tmp_path: Path) -> None:
+    assert written(tmp_path / "two", idle=True) == written(tmp_path / "one", idle=False)
 
 
-def test_a_pipeline_that_cannot_be_ported_leaves_its_transformer_and_says_why() -> None:
+def test_a_pipeline_that_cannot_be_ported_leaves_its_transformer_and_says_why(forking) -> None:
     done = convert(["StableUnCLIPPipeline"], processes=2)
     assert [(p.source, p.module) for p in done.ports] == [("diffusers.StableUnCLIPPipeline", None)]
     assert done == convert(["StableUnCLIPPipeline"])
 
 
 @needs_two
-def test_work_is_done_in_another_process(monkeypatch) -> None:
-    monkeypatch.setattr("threading.active_count", lambda: 1)  # pytest may run with threads of its own
+def test_work_is_done_in_another_process(forking) -> None:
     with beside(os.getpid) as other:
         assert other.result() != os.getpid()
 
 
 @pytest.mark.parametrize("end", [lambda: os._exit(1), lambda: os.kill(os.getpid(), 9)], ids=["ended", "killed"])
-def test_what_another_process_did_not_do_is_done_here(end) -> None:
+def test_what_another_process_did_not_do_is_done_here(forking, end) -> None:
     here = os.getpid()
 
     def work() -> int:
@@ -73,7 +79,7 @@ def test_what_another_process_did_not_do_is_done_here(end) -> None:
         assert other.result() == here
 
 
-def test_an_error_of_the_other_process_is_raised_here() -> None:
+def test_an_error_of_the_other_process_is_raised_here(forking) -> None:
     def work() -> None:
         raise PorterError(Diagnostic("PORT013", "no"))
 
@@ -82,7 +88,7 @@ def test_an_error_of_the_other_process_is_raised_here() -> None:
 
 
 @needs_proc
-def test_no_process_is_left_when_its_result_is_not_wanted() -> None:
+def test_no_process_is_left_when_its_result_is_not_wanted(forking) -> None:
     def children() -> set[str]:
         return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
@@ -93,8 +99,7 @@ def test_no_process_is_left_when_its_result_is_not_wanted() -> None:
 
 
 @needs_two
-def test_what_is_sent_ahead_comes_once_and_in_order(monkeypatch) -> None:
-    monkeypatch.setattr("threading.active_count", lambda: 1)
+def test_what_is_sent_ahead_comes_once_and_in_order(forking) -> None:
     with beside(lambda: "made", lambda: ["a", "b" * 300_000]) as other:
         assert other.result() == "made"
     with beside(lambda: "made", lambda: ["a", "b" * 300_000]) as other:
@@ -127,5 +132,5 @@ def test_definitions_that_were_shipped_are_those_that_the_library_reads() -> Non
 @needs_proc
 @pytest.mark.parametrize(("how", "everyone"), WAYS, ids=["Ctrl-C", "SIGINT", "SIGTERM"])
 def test_an_interrupt_leaves_neither_process_behind(tmp_path: Path, how: int, everyone: bool) -> None:
-    stopped(["convert", PIPELINE, "--out", str(tmp_path / "new")], 1, how, everyone, tmp_path)
+    stopped(["convert", PIPELINE, "--out", str(tmp_path / "new")], 1, how, everyone, tmp_path, program(idle=True))
     assert not (tmp_path / "new").exists()
