@@ -9,7 +9,8 @@ import libcst as cst
 from msgspec import Struct
 from msgspec.structs import replace
 
-from porter.facts.pipeline.host_media import HostMedia, Refused, Unit, host_media, host_statements
+from porter.facts.pipeline.host_media import HostMedia, host_media, host_statements
+from porter.facts.pipeline.host_places import Refused, Unit
 from porter.facts.pipeline.host_program import changed_by
 from porter.facts.pipeline.host_values import INDEX, HostValues, draws_noise
 from porter.facts.pipeline.liveness import live_before, uses, writes

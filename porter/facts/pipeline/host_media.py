@@ -15,6 +15,7 @@ from typing import cast
 import libcst as cst
 from msgspec import Struct
 
+from porter.facts.pipeline.host_places import Refused, Unit
 from porter.facts.pipeline.host_program import (
     branch,
     changed_by,
@@ -32,7 +33,7 @@ from porter.facts.pipeline.host_scope import Scope, tainted
 from porter.facts.pipeline.host_values import HostValues
 from porter.facts.pipeline.liveness import always_writes, leaves, live_before, names_of, uses, writes
 from porter.model import Unknown
-from porter.source.marks import Mark, mark_of
+from porter.source.marks import mark_of
 from porter.source.names import DOT
 from porter.source.tree import (
     arguments,
@@ -48,22 +49,6 @@ from porter.source.tree import (
 )
 
 _WORKER = frozenset({"generator"})
-
-
-class Unit(Struct, frozen=True):
-    """One place that takes prepared values: a statement that binds `names`, or a call, whose value has no name."""
-
-    node: cst.CSTNode
-    keys: tuple[str, ...]
-    names: tuple[str, ...]
-
-
-class Refused(Struct, frozen=True):
-    """A place that has to stay in the worker, and why."""
-
-    mark: Mark | None
-    what: str
-    reason: str
 
 
 class HostMedia(Struct, frozen=True):
