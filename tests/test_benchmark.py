@@ -33,6 +33,7 @@ def test_the_command_writes_figures_with_versions(tmp_path: Path, capsys) -> Non
     data = json.loads(file.read_text())
     (row,) = data["convert"]
     assert row["ratio"] > 0 and row["files"] > 1 and row["subject"] == SUBJECT
+    assert row["command_over_import"] > 1 and row["command"] > row["process"]["import_libcst"]
     assert data["versions"]["diffusers"] == open_library().version
     assert str(tmp_path.parent) not in json.dumps({k: v for k, v in data.items() if k != "command"})
     assert SUBJECT in capsys.readouterr().out
