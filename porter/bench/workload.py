@@ -35,15 +35,24 @@ class Workload:
 
     @property
     def full(self) -> bool:
-        return bool(self.depth) and all(run == whole for run, whole in self.depth.values())
+        return is_full(self.depth)
 
     @property
     def size(self) -> str:
-        """`60 layers`, `10 of 60 layers` or `tiny`."""
-        if not self.depth:
-            return "tiny"
-        run, whole = (sum(column) for column in zip(*self.depth.values(), strict=True))
-        return f"{whole} layers" if run == whole else f"{run} of {whole} layers"
+        return size_of(self.depth)
+
+
+def is_full(depth: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether all layers run."""
+    return bool(depth) and all(run == whole for run, whole in depth.values())
+
+
+def size_of(depth: Mapping[str, tuple[int, int]]) -> str:
+    """`60 layers`, `10 of 60 layers` or `tiny`."""
+    if not depth:
+        return "tiny"
+    run, whole = (sum(column) for column in zip(*depth.values(), strict=True))
+    return f"{whole} layers" if run == whole else f"{run} of {whole} layers"
 
 
 def load_workload(

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from porter.bench.workload import cut_depth
+from porter.bench.workload import cut_depth, is_full, size_of
 from porter.resources import BENCHMARKS
 from porter.verify.outcome import VerifyError
 from porter.verify.pipeline_spec import PER_PROMPT, SEED, load_spec
@@ -56,15 +56,12 @@ class Request:
 
     @property
     def full(self) -> bool:
-        return bool(self.depth) and all(run == whole for run, whole in self.depth.values())
+        return is_full(self.depth)
 
     @property
     def size(self) -> str:
-        """`60 layers`, `10 of 60 layers` or `tiny`; layers of the denoiser, all other components are whole."""
-        if not self.depth:
-            return "tiny"
-        run, whole = (sum(column) for column in zip(*self.depth.values(), strict=True))
-        return f"{whole} layers" if run == whole else f"{run} of {whole} layers"
+        """Layers of the denoiser; all other components are whole."""
+        return size_of(self.depth)
 
 
 def load_request(
