@@ -100,7 +100,7 @@ def step(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | N
     records = torch.load(out, weights_only=True)
     results = [timed(judge(c, p["want"], _unordered(r)), {}, r) for c, p, r in zip(cases, pairs, records, strict=True)]
     base = replace(guided(bench, spec)[0], stop_after=None)
-    pairs_by_name = {"by-turns": _by_turns(base), "other-pictures": unequal_pictures(base)}
+    pairs_by_name = {"by-turns": _by_turns(base, spec), "other-pictures": unequal_pictures(base)}
     for name, both in pairs_by_name.items():
         if both is not None and all(r.status != "failed" for r in results):
             calls = [call_of(bench, spec, checkpoint, case, variant) for variant, case in enumerate(both)]
@@ -110,13 +110,16 @@ def step(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | N
     return rung_of("step", port.source_class, results, clock())
 
 
-def _by_turns(base: RequestCase) -> tuple[RequestCase, RequestCase] | None:
-    """Two requests, of which one takes a step more; None for a pipeline whose steps are fixed."""
+def _by_turns(base: RequestCase, spec: PipelineSpec) -> tuple[RequestCase, RequestCase] | None:
+    """Two requests with other numbers of steps: as a further request of the corpus has it that differs in nothing else, or
+    one more; None for a pipeline whose steps are fixed."""
     steps = base.kwargs.get("num_inference_steps")
     if not isinstance(steps, int):
         return None
-    more = {**base.kwargs, "num_inference_steps": steps + 1}
-    return base, replace(base, kwargs=more, seed=SEED + 1)
+    calls = [row.get("call", {}) for row in spec.get("extra") or () if "images" not in row]
+    calls = [c for c in calls if c.get("num_inference_steps", steps) != steps and all(k.endswith("steps") for k in c)]
+    other = calls[0] if calls else {"num_inference_steps": steps + 1}
+    return base, replace(base, kwargs={**base.kwargs, **other}, seed=SEED + 1)
 
 
 def _answered(cases: list[RequestCase], pairs: list[dict[str, Any]]) -> tuple[list[RequestCase], list[dict[str, Any]]]:
