@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.AllegroTransformer3DModel (models/transformers/transformer_allegro.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.AllegroTransformer3DModel (models/transformers/transformer_allegro.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -108,6 +108,12 @@ class MaskedFlashAttention(FlashAttentionImpl):
         return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
+def all_tokens(length: int, *streams: str) -> int:
+    """How many tokens `streams` have on all ranks that share them; this rank has `length` of them."""
+    lengths = [get_sp_shard_original_seq_len(stream) for stream in streams]
+    return length if None in lengths else sum(lengths)
+
+
 def key_padding_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     """The keys to attend to ([B, keys], bool), where `mask` is 1 for them and 0 for padding; None if nothing is padding.
 
@@ -157,10 +163,11 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
-@torch._dynamo.allow_in_graph
 class AllegroSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AllegroAttnProcessor2_0`."""
 
@@ -232,12 +239,12 @@ class AllegroSelfAttention(nn.Module):
             head_size = self.heads
 
             current_length: int = attention_mask.shape[-1]
-            if current_length != sequence_length:
+            if current_length != all_tokens(sequence_length, "hidden_states"):
                 # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
                 #       we want to instead pad by (0, remaining_length), where remaining_length is:
                 #       remaining_length: int = target_length - current_length
                 # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
+                attention_mask = F.pad(attention_mask, (0, all_tokens(sequence_length, "hidden_states")), value=0.0)
 
             if attention_mask.shape[0] < batch_size * head_size:
                 attention_mask = attention_mask.repeat_interleave(
@@ -284,7 +291,6 @@ class AllegroSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class AllegroCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AllegroAttnProcessor2_0`."""
 
@@ -568,7 +574,6 @@ class AllegroFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class AllegroTransformerBlock(nn.Module):
     r"""
     Transformer block used in [Allegro](https://github.com/rhymes-ai/Allegro) model.
@@ -763,6 +768,13 @@ class AllegroTransformer3DModel(nn.Module):
             Scaling factor to apply in 3D positional embeddings across time dimension.
     """
     _sp_plan = {
+        "shard_image_rotary_emb_1": {
+            "input": [
+                SequenceParallelInput(split_dim=-1, auto_pad=True),
+                SequenceParallelInput(split_dim=-1, auto_pad=True),
+                SequenceParallelInput(split_dim=-1, auto_pad=True),
+            ]
+        },
         "shard_hidden_states": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
@@ -875,6 +887,7 @@ class AllegroTransformer3DModel(nn.Module):
 
         # 5. Caption projection
         self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=self.inner_dim)
+        self.shard_image_rotary_emb_1 = nn.Identity()
         self.shard_hidden_states = nn.Identity()
 
     def forward(
@@ -961,8 +974,12 @@ class AllegroTransformer3DModel(nn.Module):
 
         encoder_hidden_states = self.caption_projection(encoder_hidden_states)
         encoder_hidden_states = encoder_hidden_states.view(batch_size, -1, encoder_hidden_states.shape[-1])
-        if attention_mask is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
-            raise NotImplementedError("`attention_mask` can not be divided between the ranks of sequence parallelism")
+        if image_rotary_emb is not None:
+            image_rotary_emb = (
+                *image_rotary_emb[:1],
+                self.shard_image_rotary_emb_1(image_rotary_emb[1]),
+                *image_rotary_emb[2:],
+            )
         hidden_states = self.shard_hidden_states(hidden_states)
 
         # 3. Transformer blocks

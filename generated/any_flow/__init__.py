@@ -3,9 +3,10 @@
 """Ports of the any_flow family."""
 
 from .any_flow_transformer import AnyFlowTransformer3DModel
-from .pipeline_any_flow import AnyFlowPipeline
+from .pipeline_any_flow import AnyFlowPipeline, get_any_flow_pre_process_func
 
 __all__ = [
     "AnyFlowPipeline",
     "AnyFlowTransformer3DModel",
+    "get_any_flow_pre_process_func",
 ]

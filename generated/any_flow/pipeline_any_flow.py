@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.AnyFlowPipeline (pipelines/anyflow/pipeline_anyflow.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.AnyFlowPipeline (pipelines/anyflow/pipeline_anyflow.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, List, Optional, Union
 
 import numpy as np
@@ -41,6 +42,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
@@ -149,6 +151,52 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_any_flow_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `AnyFlowPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("scale_factor_spatial", 8)
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        video: Optional[torch.Tensor] = None,
+        height: int = 480,
+        width: int = 832,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        # 5. Encode conditioning frames (or accept pre-encoded latents).
+        if video is not None:
+            prepared["video"] = video_processor.preprocess_video(video, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = AnyFlowPipeline.request_arguments(prompt, request.sampling_params, request.is_dummy_run())
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class AnyFlowPipeline(
     nn.Module, CFGParallelMixin, ProgressBarMixin, DiffusionPipelineProfilerMixin, SupportsComponentDiscovery
 ):
@@ -185,6 +233,7 @@ class AnyFlowPipeline(
         "latents",
         "prompt_embeds",
         "negative_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -432,7 +481,9 @@ class AnyFlowPipeline(
         latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents
 
-    def encode_video(self, video: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def encode_video(
+        self, video: torch.Tensor, height: int, width: int, prepared_media: Mapping[str, Any] = MappingProxyType({})
+    ) -> torch.Tensor:
         """Encode a pixel-space video into AnyFlow's latent layout.
 
         Mirrors the single-helper convention of other diffusers pipelines (cf.
@@ -440,9 +491,11 @@ class AnyFlowPipeline(
         call. Output layout is ``(B, T_latent, C, H, W)``, which is what the AnyFlow transformer expects for
         conditioning frames.
         """
-        video = self.video_processor.preprocess_video(video, height=height, width=width).to(
-            dtype=self.vae.dtype, device=self.device
-        )
+        if "video" in prepared_media:
+            video = prepared_media["video"]
+        else:
+            video = self.video_processor.preprocess_video(video, height=height, width=width)
+        video = video.to(dtype=self.vae.dtype, device=self.device)
         # ``self.vae._encode`` expects (B, C, T, H, W); the AnyFlow rollout consumes (B, T_latent, C, H, W).
         moments = self.vae._encode(video)
         mu = torch.chunk(moments, 2, dim=1)[0]
@@ -452,13 +505,14 @@ class AnyFlowPipeline(
         latents = ((mu.float() - latents_mean) * latents_std).to(mu)
         return latents.permute(0, 2, 1, 3, 4)
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -494,6 +548,9 @@ class AnyFlowPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -517,6 +574,7 @@ class AnyFlowPipeline(
         output_type: Optional[str] = "np",
         max_sequence_length: int = 512,
         use_mean_velocity: bool = True,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -590,7 +648,7 @@ class AnyFlowPipeline(
 
         # 5. Encode conditioning frames (or accept pre-encoded latents).
         if video is not None:
-            video_latents = self.encode_video(video, height=height, width=width)
+            video_latents = self.encode_video(video, height=height, width=width, prepared_media=prepared_media)
         context_length = video_latents.shape[1] if video_latents is not None else 0
 
         # 6. Denoising loop

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.AuraFlowTransformer2DModel (models/transformers/auraflow_transformer_2d.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.AuraFlowTransformer2DModel (models/transformers/auraflow_transformer_2d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -78,6 +78,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -165,7 +167,6 @@ class AuraFlowAdaLayerNormZero(nn.Module):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
-@torch._dynamo.allow_in_graph
 class AuraFlowJointAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AuraFlowAttnProcessor2_0`."""
 
@@ -346,7 +347,6 @@ class AuraFlowFeedForward(nn.Module):
         return x
 
 
-@torch._dynamo.allow_in_graph
 class AuraFlowJointTransformerBlock(nn.Module):
     r"""
     Transformer block for Aura Flow. Similar to SD3 MMDiT. Differences (non-exhaustive):
@@ -416,7 +416,6 @@ class AuraFlowJointTransformerBlock(nn.Module):
         return encoder_hidden_states, hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class AuraFlowSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AuraFlowAttnProcessor2_0`."""
 
@@ -513,7 +512,6 @@ class AuraFlowSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class AuraFlowSingleTransformerBlock(nn.Module):
     """Similar to `AuraFlowJointTransformerBlock` with a single DiT instead of an MMDiT."""
 
@@ -614,8 +612,8 @@ class AuraFlowTransformer2DModel(nn.Module):
     }
     _sp_plan = {
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "shard_hidden_states": {

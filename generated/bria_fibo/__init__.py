@@ -4,12 +4,17 @@
 
 from .bria_fibo_transformer import BriaFiboTransformer2DModel
 from .pipeline_bria_fibo import BriaFiboPipeline, get_bria_fibo_post_process_func
-from .pipeline_bria_fibo_edit import BriaFiboEditPipeline, get_bria_fibo_edit_post_process_func
+from .pipeline_bria_fibo_edit import (
+    BriaFiboEditPipeline,
+    get_bria_fibo_edit_post_process_func,
+    get_bria_fibo_edit_pre_process_func,
+)
 
 __all__ = [
     "BriaFiboEditPipeline",
     "BriaFiboPipeline",
     "BriaFiboTransformer2DModel",
     "get_bria_fibo_edit_post_process_func",
+    "get_bria_fibo_edit_pre_process_func",
     "get_bria_fibo_post_process_func",
 ]

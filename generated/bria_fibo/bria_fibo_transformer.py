@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.BriaFiboTransformer2DModel (models/transformers/transformer_bria_fibo.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.BriaFiboTransformer2DModel (models/transformers/transformer_bria_fibo.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -426,7 +426,6 @@ class BriaFiboFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 # Based on from diffusers.models.transformers.transformer_flux.FluxTransformerBlock
 class BriaFiboTransformerBlock(nn.Module):
     def __init__(
@@ -542,7 +541,6 @@ class BriaFiboAdaLayerNormZeroSingle(nn.Module):
         return x, gate_msa
 
 
-@torch._dynamo.allow_in_graph
 class BriaFiboSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `BriaAttnProcessor`."""
 
@@ -633,7 +631,6 @@ class BriaFiboSelfAttention(nn.Module):
             return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class BriaFiboSingleTransformerBlock(nn.Module):
     def __init__(
         self,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.BriaFiboEditPipeline (pipelines/bria_fibo/pipeline_bria_fibo_edit.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.BriaFiboEditPipeline (pipelines/bria_fibo/pipeline_bria_fibo_edit.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import copy
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, List, Optional, Union
 
 import numpy as np
@@ -32,6 +33,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -270,6 +272,72 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_bria_fibo_edit_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `BriaFiboEditPipeline`: what its media need before a model; it runs in the engine process."""
+
+    vae_scale_factor = 16
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)  # * 2)
+
+    def prepare_media(
+        *,
+        image: Optional[PipelineImageInput] = None,
+        mask: Optional[PipelineMaskInput] = None,
+        height: int | None = None,
+        width: int | None = None,
+        _auto_resize: bool = True,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        if height is None or width is None:
+            if image is not None:
+                image_height, image_width = image_processor.get_default_height_width(image)
+                if _auto_resize:
+                    image_width, image_height = min(
+                        PREFERRED_RESOLUTION[1024 * 1024],
+                        key=lambda size: abs(size[0] / size[1] - image_width / image_height),
+                    )
+                width, height = image_width, image_height
+            else:
+                raise ValueError("You must provide either an image or both height and width.")
+            prepared["height"] = height
+            prepared["width"] = width
+
+        if mask is not None and image is not None:
+            image = paste_mask_on_image(mask, image)
+
+        # Preprocess image
+        if image is not None:
+            image = image_processor.resize(image, height, width)
+            prepared["image"] = image_processor.preprocess(image, height, width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = BriaFiboEditPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_bria_fibo_edit_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `BriaFiboEditPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -322,6 +390,7 @@ class BriaFiboEditPipeline(
         "negative_prompt",
         "generator",
         "latents",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -746,11 +815,12 @@ class BriaFiboEditPipeline(
         )  # Apply -inf to ignored tokens for nulling softmax score
         return attention_matrix
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -789,6 +859,9 @@ class BriaFiboEditPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -810,10 +883,14 @@ class BriaFiboEditPipeline(
         max_sequence_length: int = 3000,
         do_patching=False,
         _auto_resize: bool = True,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
-        if height is None or width is None:
+        if "height" in prepared_media:
+            height = prepared_media["height"]
+            width = prepared_media["width"]
+        elif height is None or width is None:
             if image is not None:
                 image_height, image_width = self.image_processor.get_default_height_width(image)
                 if _auto_resize:
@@ -888,7 +965,9 @@ class BriaFiboEditPipeline(
             prompt_layers = prompt_layers + [prompt_layers[-1]] * (total_num_layers_transformer - len(prompt_layers))
 
         # Preprocess image
-        if image is not None:
+        if "image" in prepared_media:
+            image = prepared_media["image"]
+        elif image is not None:
             image = self.image_processor.resize(image, height, width)
             image = self.image_processor.preprocess(image, height, width)
 

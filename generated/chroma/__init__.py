@@ -4,12 +4,17 @@
 
 from .chroma_transformer import ChromaTransformer2DModel
 from .pipeline_chroma import ChromaPipeline, get_chroma_post_process_func
-from .pipeline_chroma_img2_img import ChromaImg2ImgPipeline, get_chroma_img2_img_post_process_func
+from .pipeline_chroma_img2_img import (
+    ChromaImg2ImgPipeline,
+    get_chroma_img2_img_post_process_func,
+    get_chroma_img2_img_pre_process_func,
+)
 
 __all__ = [
     "ChromaImg2ImgPipeline",
     "ChromaPipeline",
     "ChromaTransformer2DModel",
     "get_chroma_img2_img_post_process_func",
+    "get_chroma_img2_img_pre_process_func",
     "get_chroma_post_process_func",
 ]

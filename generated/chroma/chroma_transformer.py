@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ChromaTransformer2DModel (models/transformers/transformer_chroma.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.ChromaTransformer2DModel (models/transformers/transformer_chroma.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather, sp_shard_with_padding
 from vllm_omni.diffusion.forward_context import get_forward_context, get_sp_shard_original_seq_len
@@ -192,6 +192,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -467,7 +469,6 @@ class ChromaFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class ChromaTransformerBlock(nn.Module):
     def __init__(
         self, dim: int, attention_head_dim: int, quant_config: QuantizationConfig | None = None, prefix: str = ""
@@ -642,7 +643,6 @@ class ChromaFluxSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class ChromaSingleTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -787,8 +787,8 @@ class ChromaTransformer2DModel(nn.Module):
     }
     _sp_plan = {
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "shard_hidden_states": {

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ChromaImg2ImgPipeline (pipelines/chroma/pipeline_chroma_img2img.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.ChromaImg2ImgPipeline (pipelines/chroma/pipeline_chroma_img2img.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -206,6 +208,58 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_chroma_img2_img_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `ChromaImg2ImgPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+
+    # Flux latents are turned into 2x2 patches and packed. This means the latent width and height has to be divisible
+    # by the patch size. So the vae scale factor is multiplied by the patch size to account for this
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor * 2)
+    default_sample_size = 128
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput = None,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or default_sample_size * vae_scale_factor
+        width = width or default_sample_size * vae_scale_factor
+
+        # 2. Preprocess image
+        prepared["init_image"] = image_processor.preprocess(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = ChromaImg2ImgPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_chroma_img2_img_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `ChromaImg2ImgPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -269,6 +323,7 @@ class ChromaImg2ImgPipeline(
         "negative_prompt_embeds",
         "prompt_attention_mask",
         "negative_prompt_attention_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -649,11 +704,12 @@ class ChromaImg2ImgPipeline(
 
         return attention_mask
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -684,6 +740,9 @@ class ChromaImg2ImgPipeline(
         for name in ("image",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -706,6 +765,7 @@ class ChromaImg2ImgPipeline(
         negative_prompt_attention_mask: torch.Tensor | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -728,7 +788,10 @@ class ChromaImg2ImgPipeline(
         do_classifier_free_guidance = guidance_scale > 1
 
         # 2. Preprocess image
-        init_image = self.image_processor.preprocess(image, height=height, width=width)
+        if "init_image" in prepared_media:
+            init_image = prepared_media["init_image"]
+        else:
+            init_image = self.image_processor.preprocess(image, height=height, width=width)
         init_image = init_image.to(dtype=torch.float32)
 
         # 3. Define call parameters

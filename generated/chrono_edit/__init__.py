@@ -3,9 +3,10 @@
 """Ports of the chrono_edit family."""
 
 from .chrono_edit_transformer import ChronoEditTransformer3DModel
-from .pipeline_chrono_edit import ChronoEditPipeline
+from .pipeline_chrono_edit import ChronoEditPipeline, get_chrono_edit_pre_process_func
 
 __all__ = [
     "ChronoEditPipeline",
     "ChronoEditTransformer3DModel",
+    "get_chrono_edit_pre_process_func",
 ]

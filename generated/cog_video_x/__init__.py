@@ -4,9 +4,15 @@
 
 from .cog_video_x_transformer import CogVideoXTransformer3DModel
 from .pipeline_cog_video_x import CogVideoXPipeline
-from .pipeline_cog_video_x_fun_control import CogVideoXFunControlPipeline
-from .pipeline_cog_video_x_image_to_video import CogVideoXImageToVideoPipeline
-from .pipeline_cog_video_x_video_to_video import CogVideoXVideoToVideoPipeline
+from .pipeline_cog_video_x_fun_control import CogVideoXFunControlPipeline, get_cog_video_x_fun_control_pre_process_func
+from .pipeline_cog_video_x_image_to_video import (
+    CogVideoXImageToVideoPipeline,
+    get_cog_video_x_image_to_video_pre_process_func,
+)
+from .pipeline_cog_video_x_video_to_video import (
+    CogVideoXVideoToVideoPipeline,
+    get_cog_video_x_video_to_video_pre_process_func,
+)
 
 __all__ = [
     "CogVideoXFunControlPipeline",
@@ -14,4 +20,7 @@ __all__ = [
     "CogVideoXPipeline",
     "CogVideoXTransformer3DModel",
     "CogVideoXVideoToVideoPipeline",
+    "get_cog_video_x_fun_control_pre_process_func",
+    "get_cog_video_x_image_to_video_pre_process_func",
+    "get_cog_video_x_video_to_video_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.CogVideoXTransformer3DModel (models/transformers/cogvideox_transformer_3d.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.CogVideoXTransformer3DModel (models/transformers/cogvideox_transformer_3d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -76,6 +76,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -114,7 +116,6 @@ class CogVideoXLayerNormZero(nn.Module):
         return hidden_states, encoder_hidden_states, gate[:, None, :], enc_gate[:, None, :]
 
 
-@torch._dynamo.allow_in_graph
 class CogVideoXAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `CogVideoXAttnProcessor2_0`."""
 
@@ -387,7 +388,6 @@ class CogVideoXFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class CogVideoXBlock(nn.Module):
     r"""
     Transformer block used in [CogVideoX](https://github.com/THUDM/CogVideo) model.
@@ -569,8 +569,10 @@ class CogVideoXTransformer3DModel(nn.Module):
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"]}
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
         "shard_hidden_states": {
             0: SequenceParallelInput(
@@ -578,8 +580,8 @@ class CogVideoXTransformer3DModel(nn.Module):
             )
         },
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
@@ -735,6 +737,11 @@ class CogVideoXTransformer3DModel(nn.Module):
         self.shard_image_rotary_emb = nn.Identity()
         self.shard_hidden_states = nn.Identity()
         self.shard_encoder_hidden_states = nn.Identity()
+        # Buffers of a checkpoint have the model's dtype, however they were computed.
+        names = self.state_dict().keys()
+        for name, buffer in self.named_buffers():
+            if name in names and buffer.is_floating_point():
+                buffer.data = buffer.data.to(torch.get_default_dtype())
 
     def forward(
         self,

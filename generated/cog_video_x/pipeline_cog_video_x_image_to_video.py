@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.CogVideoXImageToVideoPipeline (pipelines/cogvideo/pipeline_cogvideox_image2video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.CogVideoXImageToVideoPipeline (pipelines/cogvideo/pipeline_cogvideox_image2video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -223,6 +224,56 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_cog_video_x_image_to_video_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `CogVideoXImageToVideoPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    transformer_config = read_json(od_config, "transformer/config.json")
+    vae_scale_factor_spatial = 2 ** (len(vae_config.get("block_out_channels", (128, 256, 256, 512))) - 1)
+
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or transformer_config.get("sample_height", 60) * vae_scale_factor_spatial
+        width = width or transformer_config.get("sample_width", 90) * vae_scale_factor_spatial
+        prepared["image"] = video_processor.preprocess(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = CogVideoXImageToVideoPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class CogVideoXImageToVideoPipeline(
     nn.Module,
     SupportImageInput,
@@ -263,6 +314,7 @@ class CogVideoXImageToVideoPipeline(
         "latents",
         "prompt_embeds",
         "negative_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -639,13 +691,14 @@ class CogVideoXImageToVideoPipeline(
 
         return freqs_cos, freqs_sin
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -678,6 +731,9 @@ class CogVideoXImageToVideoPipeline(
         for name in ("use_dynamic_cfg",):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -700,6 +756,7 @@ class CogVideoXImageToVideoPipeline(
         negative_prompt_embeds: torch.FloatTensor | None = None,
         output_type: str = "pil",
         max_sequence_length: int = 226,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -767,7 +824,11 @@ class CogVideoXImageToVideoPipeline(
             additional_frames = patch_size_t - latent_frames % patch_size_t
             num_frames += additional_frames * self.vae_scale_factor_temporal
 
-        image = self.video_processor.preprocess(image, height=height, width=width).to(device, dtype=prompt_embeds.dtype)
+        if "image" in prepared_media:
+            image = prepared_media["image"]
+        else:
+            image = self.video_processor.preprocess(image, height=height, width=width)
+        image = image.to(device, dtype=prompt_embeds.dtype)
 
         latent_channels = self.transformer.config.in_channels // 2
         latents, image_latents = self.prepare_latents(

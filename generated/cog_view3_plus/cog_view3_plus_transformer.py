@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.CogView3PlusTransformer2DModel (models/transformers/transformer_cogview3plus.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.CogView3PlusTransformer2DModel (models/transformers/transformer_cogview3plus.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -69,6 +69,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -119,7 +121,6 @@ class CogView3PlusAdaLayerNormZeroTextImage(nn.Module):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp, context, c_gate_msa, c_shift_mlp, c_scale_mlp, c_gate_mlp
 
 
-@torch._dynamo.allow_in_graph
 class CogView3PlusAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `CogVideoXAttnProcessor2_0`."""
 
@@ -403,8 +404,8 @@ class CogView3PlusTransformer2DModel(nn.Module):
             )
         },
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),

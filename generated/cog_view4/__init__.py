@@ -4,12 +4,17 @@
 
 from .cog_view4_transformer import CogView4Transformer2DModel
 from .pipeline_cog_view4 import CogView4Pipeline, get_cog_view4_post_process_func
-from .pipeline_cog_view4_control import CogView4ControlPipeline, get_cog_view4_control_post_process_func
+from .pipeline_cog_view4_control import (
+    CogView4ControlPipeline,
+    get_cog_view4_control_post_process_func,
+    get_cog_view4_control_pre_process_func,
+)
 
 __all__ = [
     "CogView4ControlPipeline",
     "CogView4Pipeline",
     "CogView4Transformer2DModel",
     "get_cog_view4_control_post_process_func",
+    "get_cog_view4_control_pre_process_func",
     "get_cog_view4_post_process_func",
 ]

@@ -3,7 +3,10 @@
 """Ports of the consis_id family."""
 
 from .consis_id_transformer import ConsisIDTransformer3DModel
+from .pipeline_consis_id import ConsisIDPipeline, get_consis_id_pre_process_func
 
 __all__ = [
+    "ConsisIDPipeline",
     "ConsisIDTransformer3DModel",
+    "get_consis_id_pre_process_func",
 ]

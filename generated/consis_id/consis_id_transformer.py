@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ConsisIDTransformer3DModel (models/transformers/consisid_transformer_3d.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.ConsisIDTransformer3DModel (models/transformers/consisid_transformer_3d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -75,6 +75,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -113,7 +115,6 @@ class ConsisIDCogVideoXLayerNormZero(nn.Module):
         return hidden_states, encoder_hidden_states, gate[:, None, :], enc_gate[:, None, :]
 
 
-@torch._dynamo.allow_in_graph
 class ConsisIDAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `CogVideoXAttnProcessor2_0`."""
 
@@ -386,7 +387,6 @@ class ConsisIDFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class ConsisIDBlock(nn.Module):
     r"""
     Transformer block used in [ConsisID](https://github.com/PKU-YuanGroup/ConsisID) model.
@@ -816,8 +816,10 @@ class ConsisIDTransformer3DModel(nn.Module):
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"]}
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
         "shard_hidden_states": {
             0: SequenceParallelInput(
@@ -1044,6 +1046,11 @@ class ConsisIDTransformer3DModel(nn.Module):
         self.shard_encoder_hidden_states = nn.Identity()
         self.gather_hidden_states = nn.Identity()
         self.gather_encoder_hidden_states = nn.Identity()
+        # Buffers of a checkpoint have the model's dtype, however they were computed.
+        names = self.state_dict().keys()
+        for name, buffer in self.named_buffers():
+            if name in names and buffer.is_floating_point():
+                buffer.data = buffer.data.to(torch.get_default_dtype())
 
     def forward(
         self,

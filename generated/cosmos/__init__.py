@@ -3,12 +3,12 @@
 """Ports of the cosmos family."""
 
 from .cosmos_transformer import CosmosTransformer3DModel
-from .pipeline_cosmos2_5_predict_base import Cosmos2_5_PredictBasePipeline
-from .pipeline_cosmos2_5_transfer import Cosmos2_5_TransferPipeline
+from .pipeline_cosmos2_5_predict_base import Cosmos2_5_PredictBasePipeline, get_cosmos2_5_predict_base_pre_process_func
+from .pipeline_cosmos2_5_transfer import Cosmos2_5_TransferPipeline, get_cosmos2_5_transfer_pre_process_func
 from .pipeline_cosmos2_text_to_image import Cosmos2TextToImagePipeline, get_cosmos2_text_to_image_post_process_func
-from .pipeline_cosmos2_video_to_world import Cosmos2VideoToWorldPipeline
+from .pipeline_cosmos2_video_to_world import Cosmos2VideoToWorldPipeline, get_cosmos2_video_to_world_pre_process_func
 from .pipeline_cosmos_text_to_world import CosmosTextToWorldPipeline
-from .pipeline_cosmos_video_to_world import CosmosVideoToWorldPipeline
+from .pipeline_cosmos_video_to_world import CosmosVideoToWorldPipeline, get_cosmos_video_to_world_pre_process_func
 
 __all__ = [
     "Cosmos2TextToImagePipeline",
@@ -18,5 +18,9 @@ __all__ = [
     "CosmosTextToWorldPipeline",
     "CosmosTransformer3DModel",
     "CosmosVideoToWorldPipeline",
+    "get_cosmos2_5_predict_base_pre_process_func",
+    "get_cosmos2_5_transfer_pre_process_func",
     "get_cosmos2_text_to_image_post_process_func",
+    "get_cosmos2_video_to_world_pre_process_func",
+    "get_cosmos_video_to_world_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.CosmosTransformer3DModel (models/transformers/transformer_cosmos.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.CosmosTransformer3DModel (models/transformers/transformer_cosmos.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -148,6 +148,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -374,7 +376,6 @@ class CosmosAdaLayerNormZero(nn.Module):
         return hidden_states, gate
 
 
-@torch._dynamo.allow_in_graph
 class CosmosSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `CosmosAttnProcessor2_0`."""
 
@@ -627,7 +628,6 @@ class CosmosCrossAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class CosmosCrossAttention2(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `CosmosAttnProcessor2_0`."""
 
@@ -998,11 +998,15 @@ class CosmosTransformer3DModel(nn.Module):
     }
     _keep_in_fp32_modules = ["learnable_pos_embed"]
     _sp_plan = {
-        "shard_extra_pos_emb": {0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True)},
+        "shard_extra_pos_emb": {"input": SequenceParallelInput(split_dim=-2, auto_pad=True)},
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
+        "shard_embedded_timestep": {"input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True)},
+        "shard_temb": {"input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True)},
         "shard_hidden_states": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
@@ -1120,6 +1124,8 @@ class CosmosTransformer3DModel(nn.Module):
                 nn.Linear(self.config.img_context_dim_in, self.config.img_context_dim_out, bias=True),
                 nn.GELU(),
             )
+        self.shard_embedded_timestep = nn.Identity()
+        self.shard_temb = nn.Identity()
         self.shard_extra_pos_emb = nn.Identity()
         self.shard_image_rotary_emb = nn.Identity()
         self.shard_hidden_states = nn.Identity()
@@ -1240,6 +1246,10 @@ class CosmosTransformer3DModel(nn.Module):
                 for idx, block_idx in list(enumerate(range(0, n_blocks, self.config.controlnet_block_every_n)))
             }
         attention_mask = mask_if_padded(attention_mask)
+        if embedded_timestep.ndim == 3 and embedded_timestep.shape[1] > 1:
+            embedded_timestep = self.shard_embedded_timestep(embedded_timestep)
+        if temb.ndim == 3 and temb.shape[1] > 1:
+            temb = self.shard_temb(temb)
         extra_pos_emb = self.shard_extra_pos_emb(extra_pos_emb)
         image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
         hidden_states = self.shard_hidden_states(hidden_states)

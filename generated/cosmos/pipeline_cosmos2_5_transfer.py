@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Cosmos2_5_TransferPipeline (pipelines/cosmos/pipeline_cosmos2_5_transfer.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.Cosmos2_5_TransferPipeline (pipelines/cosmos/pipeline_cosmos2_5_transfer.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, List, Optional, Union
 
 import numpy as np
@@ -40,6 +41,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
@@ -101,6 +103,67 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def get_cosmos2_5_transfer_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `Cosmos2_5_TransferPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = 2 ** len(vae_config.get("temperal_downsample", [False, True, True]))
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        controls: PipelineImageInput | List[PipelineImageInput],
+        height: int = 704,
+        width: Optional[int] = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        if width is None:
+            frame = controls[0] if isinstance(controls, list) else controls
+            if isinstance(frame, list):
+                frame = frame[0]
+            if isinstance(frame, (torch.Tensor, np.ndarray)):
+                if frame.ndim == 5:
+                    frame = frame[0, 0]
+                elif frame.ndim == 4:
+                    frame = frame[0]
+
+            if isinstance(frame, Image.Image):
+                width = int((height + 16) * (frame.width / frame.height))
+            else:
+                width = int((height + 16) * (frame.shape[2] / frame.shape[1]))  # NOTE: assuming C H W
+
+        prepared["control_video"] = video_processor.preprocess_video(controls, height, width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = Cosmos2_5_TransferPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
 
 
 class Cosmos2_5_TransferPipeline(
@@ -498,13 +561,14 @@ class Cosmos2_5_TransferPipeline(
 
         return num_frames_per_chunk
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -541,6 +605,9 @@ class Cosmos2_5_TransferPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -565,6 +632,7 @@ class Cosmos2_5_TransferPipeline(
         conditional_frame_timestep: float = 0.1,
         num_ar_conditional_frames: Optional[int] = 1,
         num_ar_latent_conditional_frames: Optional[int] = None,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
         if self.safety_checker is None:
@@ -667,7 +735,10 @@ class Cosmos2_5_TransferPipeline(
             encoder_hidden_states = prompt_embeds
             neg_encoder_hidden_states = negative_prompt_embeds
 
-        control_video = self.video_processor.preprocess_video(controls, height, width)
+        if "control_video" in prepared_media:
+            control_video = prepared_media["control_video"]
+        else:
+            control_video = self.video_processor.preprocess_video(controls, height, width)
         if control_video.shape[0] != batch_size:
             if control_video.shape[0] == 1:
                 control_video = control_video.repeat(batch_size, 1, 1, 1, 1)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Cosmos2VideoToWorldPipeline (pipelines/cosmos/pipeline_cosmos2_video2world.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.Cosmos2VideoToWorldPipeline (pipelines/cosmos/pipeline_cosmos2_video2world.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -212,6 +213,57 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_cosmos2_video_to_world_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `Cosmos2VideoToWorldPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = 2 ** len(vae_config.get("temperal_downsample", [False, True, True]))
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput = None,
+        video: list[PipelineImageInput] = None,
+        height: int = 704,
+        width: int = 1280,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        if image is not None:
+            video = video_processor.preprocess(image, height, width).unsqueeze(2)
+        else:
+            video = video_processor.preprocess_video(video, height, width)
+        prepared["video"] = video
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = Cosmos2VideoToWorldPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class Cosmos2VideoToWorldPipeline(
     nn.Module,
     SupportImageInput,
@@ -254,6 +306,7 @@ class Cosmos2VideoToWorldPipeline(
         "latents",
         "prompt_embeds",
         "negative_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -557,13 +610,14 @@ class Cosmos2VideoToWorldPipeline(
         elif prompt is not None and (not isinstance(prompt, str) and not isinstance(prompt, list)):
             raise ValueError(f"`prompt` has to be of type `str` or `list` but is {type(prompt)}")
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -598,6 +652,9 @@ class Cosmos2VideoToWorldPipeline(
         for name in ("sigma_conditioning",):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -620,6 +677,7 @@ class Cosmos2VideoToWorldPipeline(
         output_type: str | None = "pil",
         max_sequence_length: int = 512,
         sigma_conditioning: float = 0.0001,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -688,7 +746,9 @@ class Cosmos2VideoToWorldPipeline(
         vae_dtype = self.vae.dtype
         transformer_dtype = self.dtype
 
-        if image is not None:
+        if "video" in prepared_media:
+            video = prepared_media["video"]
+        elif image is not None:
             video = self.video_processor.preprocess(image, height, width).unsqueeze(2)
         else:
             video = self.video_processor.preprocess_video(video, height, width)

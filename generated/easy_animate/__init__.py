@@ -4,10 +4,11 @@
 
 from .easy_animate_transformer import EasyAnimateTransformer3DModel
 from .pipeline_easy_animate import EasyAnimatePipeline
-from .pipeline_easy_animate_inpaint import EasyAnimateInpaintPipeline
+from .pipeline_easy_animate_inpaint import EasyAnimateInpaintPipeline, get_easy_animate_inpaint_pre_process_func
 
 __all__ = [
     "EasyAnimateInpaintPipeline",
     "EasyAnimatePipeline",
     "EasyAnimateTransformer3DModel",
+    "get_easy_animate_inpaint_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.EasyAnimateInpaintPipeline (pipelines/easyanimate/pipeline_easyanimate_inpaint.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.EasyAnimateInpaintPipeline (pipelines/easyanimate/pipeline_easyanimate_inpaint.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -256,6 +257,100 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_easy_animate_inpaint_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `EasyAnimateInpaintPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_spatial_compression_ratio = 2 ** (len(vae_config.get("block_out_channels", [128, 256, 512, 512])) - 1)
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_spatial_compression_ratio)
+    mask_processor = VaeImageProcessor(
+        vae_scale_factor=vae_spatial_compression_ratio,
+        do_normalize=False,
+        do_binarize=True,
+        do_convert_grayscale=True,
+    )
+
+    def prepare_media(
+        *,
+        prompt: str | list[str] = None,
+        num_frames: int | None = 49,
+        video: torch.FloatTensor = None,
+        mask_video: torch.FloatTensor = None,
+        height: int | None = 512,
+        width: int | None = 512,
+        prompt_embeds: torch.Tensor | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        # 0. default height and width
+        height = int(height // 16 * 16)
+        width = int(width // 16 * 16)
+
+        # 2. Define call parameters
+        if prompt is not None and isinstance(prompt, str):
+            batch_size = 1
+        elif prompt is not None and isinstance(prompt, list):
+            batch_size = len(prompt)
+        else:
+            batch_size = prompt_embeds.shape[0]
+
+        if video is not None:
+            batch_size, channels, num_frames, height_video, width_video = video.shape
+            init_video = image_processor.preprocess(
+                video.permute(0, 2, 1, 3, 4).reshape(batch_size * num_frames, channels, height_video, width_video),
+                height=height,
+                width=width,
+            )
+            init_video = init_video.to(dtype=torch.float32)
+            init_video = init_video.reshape(batch_size, num_frames, channels, height, width).permute(0, 2, 1, 3, 4)
+        else:
+            init_video = None
+        prepared["batch_size"] = batch_size
+        prepared["init_video"] = init_video
+        prepared["num_frames"] = num_frames
+
+        # 6. Prepare inpaint latents if it needs.
+        if mask_video is not None:
+            if not (mask_video == 255).all():
+                # Prepare mask latent variables
+                batch_size, channels, num_frames, height_video, width_video = mask_video.shape
+                prepared["mask_condition"] = mask_processor.preprocess(
+                    mask_video.permute(0, 2, 1, 3, 4).reshape(
+                        batch_size * num_frames, channels, height_video, width_video
+                    ),
+                    height=height,
+                    width=width,
+                )
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = EasyAnimateInpaintPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class EasyAnimateInpaintPipeline(
     nn.Module, CFGParallelMixin, ProgressBarMixin, DiffusionPipelineProfilerMixin, SupportsComponentDiscovery
 ):
@@ -297,6 +392,7 @@ class EasyAnimateInpaintPipeline(
         "negative_prompt_embeds",
         "prompt_attention_mask",
         "negative_prompt_attention_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -720,13 +816,14 @@ class EasyAnimateInpaintPipeline(
 
         return outputs
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -768,6 +865,9 @@ class EasyAnimateInpaintPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -795,6 +895,7 @@ class EasyAnimateInpaintPipeline(
         strength: float = 1.0,
         noise_aug_strength: float = 0.0563,
         timesteps: list[int] | None = None,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -864,7 +965,11 @@ class EasyAnimateInpaintPipeline(
         # create a boolean to check if the strength is set to 1. if so then initialise the latents with pure noise
         is_strength_max = strength == 1.0
 
-        if video is not None:
+        if "batch_size" in prepared_media:
+            batch_size = prepared_media["batch_size"]
+            init_video = prepared_media["init_video"]
+            num_frames = prepared_media["num_frames"]
+        elif video is not None:
             batch_size, channels, num_frames, height_video, width_video = video.shape
             init_video = self.image_processor.preprocess(
                 video.permute(0, 2, 1, 3, 4).reshape(batch_size * num_frames, channels, height_video, width_video),
@@ -922,13 +1027,16 @@ class EasyAnimateInpaintPipeline(
             else:
                 # Prepare mask latent variables
                 batch_size, channels, num_frames, height_video, width_video = mask_video.shape
-                mask_condition = self.mask_processor.preprocess(
-                    mask_video.permute(0, 2, 1, 3, 4).reshape(
-                        batch_size * num_frames, channels, height_video, width_video
-                    ),
-                    height=height,
-                    width=width,
-                )
+                if "mask_condition" in prepared_media:
+                    mask_condition = prepared_media["mask_condition"]
+                else:
+                    mask_condition = self.mask_processor.preprocess(
+                        mask_video.permute(0, 2, 1, 3, 4).reshape(
+                            batch_size * num_frames, channels, height_video, width_video
+                        ),
+                        height=height,
+                        width=width,
+                    )
                 mask_condition = mask_condition.to(dtype=torch.float32)
                 mask_condition = mask_condition.reshape(batch_size, num_frames, channels, height, width).permute(
                     0, 2, 1, 3, 4

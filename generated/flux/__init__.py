@@ -4,23 +4,57 @@
 
 from .flux_transformer import FluxTransformer2DModel
 from .pipeline_flux import FluxPipeline, get_flux_post_process_func
-from .pipeline_flux_control import FluxControlPipeline, get_flux_control_post_process_func
-from .pipeline_flux_control_img2_img import FluxControlImg2ImgPipeline, get_flux_control_img2_img_post_process_func
-from .pipeline_flux_control_inpaint import FluxControlInpaintPipeline, get_flux_control_inpaint_post_process_func
-from .pipeline_flux_control_net import FluxControlNetPipeline, get_flux_control_net_post_process_func
+from .pipeline_flux_control import (
+    FluxControlPipeline,
+    get_flux_control_post_process_func,
+    get_flux_control_pre_process_func,
+)
+from .pipeline_flux_control_img2_img import (
+    FluxControlImg2ImgPipeline,
+    get_flux_control_img2_img_post_process_func,
+    get_flux_control_img2_img_pre_process_func,
+)
+from .pipeline_flux_control_inpaint import (
+    FluxControlInpaintPipeline,
+    get_flux_control_inpaint_post_process_func,
+    get_flux_control_inpaint_pre_process_func,
+)
+from .pipeline_flux_control_net import (
+    FluxControlNetPipeline,
+    get_flux_control_net_post_process_func,
+    get_flux_control_net_pre_process_func,
+)
 from .pipeline_flux_control_net_img2_img import (
     FluxControlNetImg2ImgPipeline,
     get_flux_control_net_img2_img_post_process_func,
+    get_flux_control_net_img2_img_pre_process_func,
 )
 from .pipeline_flux_control_net_inpaint import (
     FluxControlNetInpaintPipeline,
     get_flux_control_net_inpaint_post_process_func,
+    get_flux_control_net_inpaint_pre_process_func,
 )
-from .pipeline_flux_fill import FluxFillPipeline, get_flux_fill_post_process_func
-from .pipeline_flux_img2_img import FluxImg2ImgPipeline, get_flux_img2_img_post_process_func
-from .pipeline_flux_inpaint import FluxInpaintPipeline, get_flux_inpaint_post_process_func
-from .pipeline_flux_kontext import FluxKontextPipeline, get_flux_kontext_post_process_func
-from .pipeline_flux_kontext_inpaint import FluxKontextInpaintPipeline, get_flux_kontext_inpaint_post_process_func
+from .pipeline_flux_fill import FluxFillPipeline, get_flux_fill_post_process_func, get_flux_fill_pre_process_func
+from .pipeline_flux_img2_img import (
+    FluxImg2ImgPipeline,
+    get_flux_img2_img_post_process_func,
+    get_flux_img2_img_pre_process_func,
+)
+from .pipeline_flux_inpaint import (
+    FluxInpaintPipeline,
+    get_flux_inpaint_post_process_func,
+    get_flux_inpaint_pre_process_func,
+)
+from .pipeline_flux_kontext import (
+    FluxKontextPipeline,
+    get_flux_kontext_post_process_func,
+    get_flux_kontext_pre_process_func,
+)
+from .pipeline_flux_kontext_inpaint import (
+    FluxKontextInpaintPipeline,
+    get_flux_kontext_inpaint_post_process_func,
+    get_flux_kontext_inpaint_pre_process_func,
+)
 
 __all__ = [
     "FluxControlImg2ImgPipeline",
@@ -37,15 +71,26 @@ __all__ = [
     "FluxPipeline",
     "FluxTransformer2DModel",
     "get_flux_control_img2_img_post_process_func",
+    "get_flux_control_img2_img_pre_process_func",
     "get_flux_control_inpaint_post_process_func",
+    "get_flux_control_inpaint_pre_process_func",
     "get_flux_control_net_img2_img_post_process_func",
+    "get_flux_control_net_img2_img_pre_process_func",
     "get_flux_control_net_inpaint_post_process_func",
+    "get_flux_control_net_inpaint_pre_process_func",
     "get_flux_control_net_post_process_func",
+    "get_flux_control_net_pre_process_func",
     "get_flux_control_post_process_func",
+    "get_flux_control_pre_process_func",
     "get_flux_fill_post_process_func",
+    "get_flux_fill_pre_process_func",
     "get_flux_img2_img_post_process_func",
+    "get_flux_img2_img_pre_process_func",
     "get_flux_inpaint_post_process_func",
+    "get_flux_inpaint_pre_process_func",
     "get_flux_kontext_inpaint_post_process_func",
+    "get_flux_kontext_inpaint_pre_process_func",
     "get_flux_kontext_post_process_func",
+    "get_flux_kontext_pre_process_func",
     "get_flux_post_process_func",
 ]

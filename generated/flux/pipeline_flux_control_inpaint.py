@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.FluxControlInpaintPipeline (pipelines/flux/pipeline_flux_control_inpaint.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.FluxControlInpaintPipeline (pipelines/flux/pipeline_flux_control_inpaint.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -208,6 +210,74 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_flux_control_inpaint_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `FluxControlInpaintPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    # Flux latents are turned into 2x2 patches and packed. This means the latent width and height has to be divisible
+    # by the patch size. So the vae scale factor is multiplied by the patch size to account for this
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor * 2)
+    latent_channels = vae_config.get("latent_channels", 4)
+    mask_processor = VaeImageProcessor(
+        vae_scale_factor=vae_scale_factor * 2,
+        vae_latent_channels=latent_channels,
+        do_normalize=False,
+        do_binarize=True,
+        do_convert_grayscale=True,
+    )
+    default_sample_size = 128
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput = None,
+        control_image: PipelineImageInput = None,
+        mask_image: PipelineImageInput = None,
+        masked_image_latents: PipelineImageInput = None,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or default_sample_size * vae_scale_factor
+        width = width or default_sample_size * vae_scale_factor
+        if masked_image_latents is None:
+            # VAE applies 8x compression on images but we must also account for packing which requires
+            # latent height and width to be divisible by 2.
+            prepared["image"] = image_processor.preprocess(image, height=height, width=width)
+            prepared["mask_image"] = mask_processor.preprocess(mask_image, height=height, width=width)
+
+        prepared["init_image"] = image_processor.preprocess(image, height=height, width=width)
+        if not isinstance(control_image, torch.Tensor):
+            prepared["control_image"] = image_processor.preprocess(control_image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = FluxControlInpaintPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_flux_control_inpaint_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `FluxControlInpaintPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -267,6 +337,7 @@ class FluxControlInpaintPipeline(
         "latents",
         "prompt_embeds",
         "pooled_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -655,8 +726,11 @@ class FluxControlInpaintPipeline(
         dtype,
         do_classifier_free_guidance=False,
         guess_mode=False,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ):
-        if isinstance(image, torch.Tensor):
+        if "control_image" in prepared_media:
+            image = prepared_media["control_image"]
+        elif isinstance(image, torch.Tensor):
             pass
         else:
             image = self.image_processor.preprocess(image, height=height, width=width)
@@ -690,11 +764,18 @@ class FluxControlInpaintPipeline(
         dtype,
         device,
         generator,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ):
         # VAE applies 8x compression on images but we must also account for packing which requires
         # latent height and width to be divisible by 2.
-        image = self.image_processor.preprocess(image, height=height, width=width)
-        mask_image = self.mask_processor.preprocess(mask_image, height=height, width=width)
+        if "image" in prepared_media:
+            image = prepared_media["image"]
+        else:
+            image = self.image_processor.preprocess(image, height=height, width=width)
+        if "mask_image" in prepared_media:
+            mask_image = prepared_media["mask_image"]
+        else:
+            mask_image = self.mask_processor.preprocess(mask_image, height=height, width=width)
 
         masked_image = image * (1 - mask_image)
         masked_image = masked_image.to(device=device, dtype=dtype)
@@ -756,11 +837,12 @@ class FluxControlInpaintPipeline(
 
         return mask_image, masked_image_latents
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -796,6 +878,9 @@ class FluxControlInpaintPipeline(
         for name in ("masked_image_latents",):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -819,6 +904,7 @@ class FluxControlInpaintPipeline(
         pooled_prompt_embeds: torch.FloatTensor | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -879,9 +965,13 @@ class FluxControlInpaintPipeline(
                 prompt_embeds.dtype,
                 device,
                 generator,
+                prepared_media=prepared_media,
             )
 
-        init_image = self.image_processor.preprocess(image, height=height, width=width)
+        if "init_image" in prepared_media:
+            init_image = prepared_media["init_image"]
+        else:
+            init_image = self.image_processor.preprocess(image, height=height, width=width)
         init_image = init_image.to(dtype=torch.float32)
 
         # 4.Prepare timesteps
@@ -922,6 +1012,7 @@ class FluxControlInpaintPipeline(
             num_images_per_prompt=num_images_per_prompt,
             device=device,
             dtype=self.vae.dtype,
+            prepared_media=prepared_media,
         )
 
         if control_image.ndim == 4:

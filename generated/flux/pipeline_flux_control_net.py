@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.FluxControlNetPipeline (pipelines/flux/pipeline_flux_controlnet.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.FluxControlNetPipeline (pipelines/flux/pipeline_flux_controlnet.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -208,6 +210,58 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_flux_control_net_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `FluxControlNetPipeline`: what its media need before a model; it runs in the engine process."""
+    model_index = read_json(od_config, "model_index.json")
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    # Flux latents are turned into 2x2 patches and packed. This means the latent width and height has to be divisible
+    # by the patch size. So the vae scale factor is multiplied by the patch size to account for this
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor * 2)
+    default_sample_size = 128
+
+    def prepare_media(
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        control_image: PipelineImageInput = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or default_sample_size * vae_scale_factor
+        width = width or default_sample_size * vae_scale_factor
+        if model_index["controlnet"][1] == "FluxControlNetModel":
+            if not isinstance(control_image, torch.Tensor):
+                prepared["control_image"] = image_processor.preprocess(control_image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = FluxControlNetPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_flux_control_net_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `FluxControlNetPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -275,6 +329,7 @@ class FluxControlNetPipeline(
         "pooled_prompt_embeds",
         "negative_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -646,8 +701,11 @@ class FluxControlNetPipeline(
         dtype,
         do_classifier_free_guidance=False,
         guess_mode=False,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ):
-        if isinstance(image, torch.Tensor):
+        if "control_image" in prepared_media:
+            image = prepared_media["control_image"]
+        elif isinstance(image, torch.Tensor):
             pass
         else:
             image = self.image_processor.preprocess(image, height=height, width=width)
@@ -669,11 +727,12 @@ class FluxControlNetPipeline(
 
         return image
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -717,6 +776,9 @@ class FluxControlNetPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -745,6 +807,7 @@ class FluxControlNetPipeline(
         negative_pooled_prompt_embeds: torch.FloatTensor | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -831,6 +894,7 @@ class FluxControlNetPipeline(
                 num_images_per_prompt=num_images_per_prompt,
                 device=device,
                 dtype=self.vae.dtype,
+                prepared_media=prepared_media,
             )
             height, width = control_image.shape[-2:]
 

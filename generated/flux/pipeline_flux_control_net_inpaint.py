@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.FluxControlNetInpaintPipeline (pipelines/flux/pipeline_flux_controlnet_inpainting.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.FluxControlNetInpaintPipeline (pipelines/flux/pipeline_flux_controlnet_inpainting.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -210,6 +212,87 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_flux_control_net_inpaint_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `FluxControlNetInpaintPipeline`: what its media need before a model; it runs in the engine process."""
+    model_index = read_json(od_config, "model_index.json")
+    vae_config = read_json(od_config, "vae/config.json")
+
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    # Flux latents are turned into 2x2 patches and packed. This means the latent width and height has to be divisible
+    # by the patch size. So the vae scale factor is multiplied by the patch size to account for this
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor * 2)
+    latent_channels = vae_config.get("latent_channels", 4)
+    mask_processor = VaeImageProcessor(
+        vae_scale_factor=vae_scale_factor * 2,
+        vae_latent_channels=latent_channels,
+        do_normalize=False,
+        do_binarize=True,
+        do_convert_grayscale=True,
+    )
+    default_sample_size = 128
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput = None,
+        mask_image: PipelineImageInput = None,
+        control_image: PipelineImageInput = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        height = height or default_sample_size * vae_scale_factor
+        width = width or default_sample_size * vae_scale_factor
+
+        # 4. Preprocess mask and image
+        if padding_mask_crop is not None:
+            crops_coords = mask_processor.get_crop_region(mask_image, width, height, pad=padding_mask_crop)
+            resize_mode = "fill"
+        else:
+            crops_coords = None
+            resize_mode = "default"
+        prepared["crops_coords"] = crops_coords
+        prepared["resize_mode"] = resize_mode
+        prepared["init_image"] = image_processor.preprocess(
+            image, height=height, width=width, crops_coords=crops_coords, resize_mode=resize_mode
+        )
+        if model_index["controlnet"][1] == "FluxControlNetModel":
+            if not isinstance(control_image, torch.Tensor):
+                prepared["control_image"] = image_processor.preprocess(control_image, height=height, width=width)
+
+        # 8. Prepare mask latents
+        prepared["mask_condition"] = mask_processor.preprocess(
+            mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
+        )
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = FluxControlNetInpaintPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_flux_control_net_inpaint_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `FluxControlNetInpaintPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -269,6 +352,7 @@ class FluxControlNetInpaintPipeline(
         "latents",
         "prompt_embeds",
         "pooled_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -754,8 +838,11 @@ class FluxControlNetInpaintPipeline(
         dtype,
         do_classifier_free_guidance=False,
         guess_mode=False,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ):
-        if isinstance(image, torch.Tensor):
+        if "control_image" in prepared_media:
+            image = prepared_media["control_image"]
+        elif isinstance(image, torch.Tensor):
             pass
         else:
             image = self.image_processor.preprocess(image, height=height, width=width)
@@ -777,11 +864,12 @@ class FluxControlNetInpaintPipeline(
 
         return image
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -824,6 +912,9 @@ class FluxControlNetInpaintPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -852,6 +943,7 @@ class FluxControlNetInpaintPipeline(
         pooled_prompt_embeds: torch.FloatTensor | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
         height = height or self.default_sample_size * self.vae_scale_factor
@@ -908,7 +1000,10 @@ class FluxControlNetInpaintPipeline(
         )
 
         # 4. Preprocess mask and image
-        if padding_mask_crop is not None:
+        if "crops_coords" in prepared_media:
+            crops_coords = prepared_media["crops_coords"]
+            resize_mode = prepared_media["resize_mode"]
+        elif padding_mask_crop is not None:
             crops_coords = self.mask_processor.get_crop_region(
                 mask_image, global_width, global_height, pad=padding_mask_crop
             )
@@ -916,9 +1011,12 @@ class FluxControlNetInpaintPipeline(
         else:
             crops_coords = None
             resize_mode = "default"
-        init_image = self.image_processor.preprocess(
-            image, height=global_height, width=global_width, crops_coords=crops_coords, resize_mode=resize_mode
-        )
+        if "init_image" in prepared_media:
+            init_image = prepared_media["init_image"]
+        else:
+            init_image = self.image_processor.preprocess(
+                image, height=global_height, width=global_width, crops_coords=crops_coords, resize_mode=resize_mode
+            )
         init_image = init_image.to(dtype=torch.float32)
 
         # 5. Prepare control image
@@ -933,6 +1031,7 @@ class FluxControlNetInpaintPipeline(
                 num_images_per_prompt=num_images_per_prompt,
                 device=device,
                 dtype=self.vae.dtype,
+                prepared_media=prepared_media,
             )
 
             # xlab controlnet has a input_hint_block and instantx controlnet does not
@@ -1050,9 +1149,12 @@ class FluxControlNetInpaintPipeline(
         )
 
         # 8. Prepare mask latents
-        mask_condition = self.mask_processor.preprocess(
-            mask_image, height=global_height, width=global_width, resize_mode=resize_mode, crops_coords=crops_coords
-        )
+        if "mask_condition" in prepared_media:
+            mask_condition = prepared_media["mask_condition"]
+        else:
+            mask_condition = self.mask_processor.preprocess(
+                mask_image, height=global_height, width=global_width, resize_mode=resize_mode, crops_coords=crops_coords
+            )
         if masked_image_latents is None:
             masked_image = init_image * (mask_condition < 0.5)
         else:

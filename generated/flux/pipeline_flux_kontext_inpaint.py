@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.FluxKontextInpaintPipeline (pipelines/flux/pipeline_flux_kontext_inpaint.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.FluxKontextInpaintPipeline (pipelines/flux/pipeline_flux_kontext_inpaint.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,6 +34,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -228,6 +230,136 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_flux_kontext_inpaint_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `FluxKontextInpaintPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    # Flux latents are turned into 2x2 patches and packed. This means the latent width and height has to be divisible
+    # by the patch size. So the vae scale factor is multiplied by the patch size to account for this
+    latent_channels = vae_config.get("latent_channels", 4)
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor * 2)
+
+    mask_processor = VaeImageProcessor(
+        vae_scale_factor=vae_scale_factor * 2,
+        vae_latent_channels=latent_channels,
+        do_normalize=False,
+        do_binarize=True,
+        do_convert_grayscale=True,
+    )
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput | None = None,
+        image_reference: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput = None,
+        padding_mask_crop: int | None = None,
+        _auto_resize: bool = True,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        multiple_of = vae_scale_factor * 2
+
+        # 2. Preprocess image
+        if image is not None and not (isinstance(image, torch.Tensor) and image.size(1) == latent_channels):
+            if isinstance(image, list) and isinstance(image[0], torch.Tensor) and image[0].ndim == 4:
+                image = torch.cat(image, dim=0)
+            img = image[0] if isinstance(image, list) else image
+            image_height, image_width = image_processor.get_default_height_width(img)
+            aspect_ratio = image_width / image_height
+            if _auto_resize:
+                # Kontext is trained on specific resolutions, using one of them is recommended
+                _, image_width, image_height = min(
+                    (abs(aspect_ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS
+                )
+            image_width = image_width // multiple_of * multiple_of
+            image_height = image_height // multiple_of * multiple_of
+            image = image_processor.resize(image, image_height, image_width)
+
+            # 2.1 Preprocess mask
+            if padding_mask_crop is not None:
+                crops_coords = mask_processor.get_crop_region(
+                    mask_image, image_width, image_height, pad=padding_mask_crop
+                )
+                resize_mode = "fill"
+            else:
+                crops_coords = None
+                resize_mode = "default"
+
+            image = image_processor.preprocess(
+                image, image_height, image_width, crops_coords=crops_coords, resize_mode=resize_mode
+            )
+        else:
+            raise ValueError("image must be provided correctly for inpainting")
+        prepared["crops_coords"] = crops_coords
+        prepared["height"] = image_height
+        prepared["image"] = image
+        prepared["resize_mode"] = resize_mode
+        prepared["width"] = image_width
+
+        # 2.1 Preprocess image_reference
+        if image_reference is not None and not (
+            isinstance(image_reference, torch.Tensor) and image_reference.size(1) == latent_channels
+        ):
+            if (
+                isinstance(image_reference, list)
+                and isinstance(image_reference[0], torch.Tensor)
+                and image_reference[0].ndim == 4
+            ):
+                image_reference = torch.cat(image_reference, dim=0)
+            img_reference = image_reference[0] if isinstance(image_reference, list) else image_reference
+            image_reference_height, image_reference_width = image_processor.get_default_height_width(img_reference)
+            aspect_ratio = image_reference_width / image_reference_height
+            if _auto_resize:
+                # Kontext is trained on specific resolutions, using one of them is recommended
+                _, image_reference_width, image_reference_height = min(
+                    (abs(aspect_ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS
+                )
+            image_reference_width = image_reference_width // multiple_of * multiple_of
+            image_reference_height = image_reference_height // multiple_of * multiple_of
+            image_reference = image_processor.resize(image_reference, image_reference_height, image_reference_width)
+            image_reference = image_processor.preprocess(
+                image_reference,
+                image_reference_height,
+                image_reference_width,
+                crops_coords=crops_coords,
+                resize_mode=resize_mode,
+            )
+        else:
+            image_reference = None
+        prepared["image_reference"] = image_reference
+
+        prepared["mask_condition"] = mask_processor.preprocess(
+            mask_image, height=image_height, width=image_width, resize_mode=resize_mode, crops_coords=crops_coords
+        )
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = FluxKontextInpaintPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_flux_kontext_inpaint_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `FluxKontextInpaintPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -299,6 +431,7 @@ class FluxKontextInpaintPipeline(
         "pooled_prompt_embeds",
         "negative_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -856,11 +989,12 @@ class FluxKontextInpaintPipeline(
 
         return mask, masked_image_latents
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -908,6 +1042,9 @@ class FluxKontextInpaintPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -938,6 +1075,7 @@ class FluxKontextInpaintPipeline(
         max_sequence_length: int = 512,
         max_area: int = 1024**2,
         _auto_resize: bool = True,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -979,7 +1117,13 @@ class FluxKontextInpaintPipeline(
         )
 
         # 2. Preprocess image
-        if image is not None and not (isinstance(image, torch.Tensor) and image.size(1) == self.latent_channels):
+        if "crops_coords" in prepared_media:
+            crops_coords = prepared_media["crops_coords"]
+            height = prepared_media["height"]
+            image = prepared_media["image"]
+            resize_mode = prepared_media["resize_mode"]
+            width = prepared_media["width"]
+        elif image is not None and not (isinstance(image, torch.Tensor) and image.size(1) == self.latent_channels):
             if isinstance(image, list) and isinstance(image[0], torch.Tensor) and image[0].ndim == 4:
                 image = torch.cat(image, dim=0)
             img = image[0] if isinstance(image, list) else image
@@ -1015,7 +1159,9 @@ class FluxKontextInpaintPipeline(
         init_image = image.to(dtype=torch.float32)
 
         # 2.1 Preprocess image_reference
-        if image_reference is not None and not (
+        if "image_reference" in prepared_media:
+            image_reference = prepared_media["image_reference"]
+        elif image_reference is not None and not (
             isinstance(image_reference, torch.Tensor) and image_reference.size(1) == self.latent_channels
         ):
             if (
@@ -1137,9 +1283,12 @@ class FluxKontextInpaintPipeline(
         elif image_ids is not None:
             latent_ids = torch.cat([latent_ids, image_ids], dim=0)  # dim 0 is sequence dimension
 
-        mask_condition = self.mask_processor.preprocess(
-            mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
-        )
+        if "mask_condition" in prepared_media:
+            mask_condition = prepared_media["mask_condition"]
+        else:
+            mask_condition = self.mask_processor.preprocess(
+                mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
+            )
 
         masked_image = init_image * (mask_condition < 0.5)
 

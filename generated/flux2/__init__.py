@@ -3,9 +3,17 @@
 """Ports of the flux2 family."""
 
 from .flux2_transformer import Flux2Transformer2DModel
-from .pipeline_flux2 import Flux2Pipeline, get_flux2_post_process_func
-from .pipeline_flux2_klein import Flux2KleinPipeline, get_flux2_klein_post_process_func
-from .pipeline_flux2_klein_inpaint import Flux2KleinInpaintPipeline, get_flux2_klein_inpaint_post_process_func
+from .pipeline_flux2 import Flux2Pipeline, get_flux2_post_process_func, get_flux2_pre_process_func
+from .pipeline_flux2_klein import (
+    Flux2KleinPipeline,
+    get_flux2_klein_post_process_func,
+    get_flux2_klein_pre_process_func,
+)
+from .pipeline_flux2_klein_inpaint import (
+    Flux2KleinInpaintPipeline,
+    get_flux2_klein_inpaint_post_process_func,
+    get_flux2_klein_inpaint_pre_process_func,
+)
 
 __all__ = [
     "Flux2KleinInpaintPipeline",
@@ -13,6 +21,9 @@ __all__ = [
     "Flux2Pipeline",
     "Flux2Transformer2DModel",
     "get_flux2_klein_inpaint_post_process_func",
+    "get_flux2_klein_inpaint_pre_process_func",
     "get_flux2_klein_post_process_func",
+    "get_flux2_klein_pre_process_func",
     "get_flux2_post_process_func",
+    "get_flux2_pre_process_func",
 ]

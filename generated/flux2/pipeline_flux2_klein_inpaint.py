@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Flux2KleinInpaintPipeline (pipelines/flux2/pipeline_flux2_klein_inpaint.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.Flux2KleinInpaintPipeline (pipelines/flux2/pipeline_flux2_klein_inpaint.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,6 +37,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -216,6 +218,173 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_flux2_klein_inpaint_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `Flux2KleinInpaintPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (128, 256, 512, 512))) - 1)
+    # Flux latents are turned into 2x2 patches and packed. This means the latent width and height has to be divisible
+    # by the patch size. So the vae scale factor is multiplied by the patch size to account for this
+    latent_channels = vae_config.get("latent_channels", 32)
+    image_processor = Flux2ImageProcessor(vae_scale_factor=vae_scale_factor * 2, vae_latent_channels=latent_channels)
+    mask_processor = Flux2ImageProcessor(
+        vae_scale_factor=vae_scale_factor * 2,
+        vae_latent_channels=latent_channels,
+        do_normalize=False,
+        do_binarize=True,
+        do_convert_rgb=False,
+        do_convert_grayscale=True,
+    )
+    default_sample_size = 128
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput | None = None,
+        image_reference: PipelineImageInput | None = None,
+        mask_image: PipelineImageInput | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or default_sample_size * vae_scale_factor
+        width = width or default_sample_size * vae_scale_factor
+
+        # 2. Preprocess image
+        multiple_of = vae_scale_factor * 2
+        crops_coords = None
+        if isinstance(image, torch.Tensor) and image.ndim == 4 and image.size(1) == latent_channels * 4:
+            crops_coords = None
+            resize_mode = "default"
+            height = image.shape[2] * vae_scale_factor * 2
+            width = image.shape[3] * vae_scale_factor * 2
+        elif image is not None:
+            if isinstance(image, list) and isinstance(image[0], torch.Tensor) and image[0].ndim == 4:
+                image = torch.cat(image, dim=0)
+            img = image[0] if isinstance(image, list) else image
+            raw_h, raw_w = Flux2KleinInpaintPipeline._get_raw_image_size(img)
+
+            if raw_h * raw_w > 1024 * 1024:
+                scale = math.sqrt(1024 * 1024 / (raw_h * raw_w))
+                image = image_processor.resize(image, int(raw_h * scale), int(raw_w * scale))
+                img = image[0] if isinstance(image, list) else image
+                raw_h, raw_w = Flux2KleinInpaintPipeline._get_raw_image_size(img)
+
+            image_width = (raw_w // multiple_of) * multiple_of
+            image_height = (raw_h // multiple_of) * multiple_of
+
+            # Use the resolution of the input image
+            width = image_width
+            height = image_height
+
+            # 2.1 Preprocess mask
+            if padding_mask_crop is not None:
+                crops_coords = mask_processor.get_crop_region(mask_image, width, height, pad=padding_mask_crop)
+                resize_mode = "fill"
+            else:
+                crops_coords = None
+                resize_mode = "default"
+            init_image = image_processor.preprocess(
+                image, image_height, image_width, crops_coords=crops_coords, resize_mode=resize_mode
+            )
+            prepared["crops_coords"] = crops_coords
+            prepared["height"] = height
+            prepared["init_image"] = init_image
+            prepared["original_image"] = image
+            prepared["resize_mode"] = resize_mode
+            prepared["width"] = width
+
+        # 2.2 Preprocess reference image
+        processed_image_reference = None
+        if image_reference is not None and not (
+            isinstance(image_reference, torch.Tensor) and image_reference.size(1) == latent_channels * 4
+        ):
+            if (
+                isinstance(image_reference, list)
+                and isinstance(image_reference[0], torch.Tensor)
+                and image_reference[0].ndim == 4
+            ):
+                image_reference = torch.cat(image_reference, dim=0)
+
+            img_reference = image_reference[0] if isinstance(image_reference, list) else image_reference
+            raw_ref_h, raw_ref_w = Flux2KleinInpaintPipeline._get_raw_image_size(img_reference)
+
+            if raw_ref_h * raw_ref_w > 1024 * 1024:
+                scale = math.sqrt(1024 * 1024 / (raw_ref_h * raw_ref_w))
+                image_reference = image_processor.resize(
+                    image_reference, int(raw_ref_h * scale), int(raw_ref_w * scale)
+                )
+                img_reference = image_reference[0] if isinstance(image_reference, list) else image_reference
+                raw_ref_h, raw_ref_w = Flux2KleinInpaintPipeline._get_raw_image_size(img_reference)
+
+            image_reference_width = (raw_ref_w // multiple_of) * multiple_of
+            image_reference_height = (raw_ref_h // multiple_of) * multiple_of
+
+            processed_image_reference = image_processor.preprocess(
+                image_reference,
+                image_reference_height,
+                image_reference_width,
+                resize_mode="crop",
+            )
+        else:
+            if image_reference is not None:
+                bn_mean = (
+                    nn.BatchNorm2d(
+                        math.prod(vae_config.get("patch_size", (2, 2))) * vae_config.get("latent_channels", 32),
+                        eps=vae_config.get("batch_norm_eps", 0.0001),
+                        momentum=vae_config.get("batch_norm_momentum", 0.1),
+                        affine=False,
+                        track_running_stats=True,
+                    )
+                    .running_mean.view(1, -1, 1, 1)
+                    .to(image_reference.device, image_reference.dtype)
+                )
+                bn_std = torch.sqrt(
+                    nn.BatchNorm2d(
+                        math.prod(vae_config.get("patch_size", (2, 2))) * vae_config.get("latent_channels", 32),
+                        eps=vae_config.get("batch_norm_eps", 0.0001),
+                        momentum=vae_config.get("batch_norm_momentum", 0.1),
+                        affine=False,
+                        track_running_stats=True,
+                    ).running_var.view(1, -1, 1, 1)
+                    + vae_config.get("batch_norm_eps", 0.0001)
+                ).to(image_reference.device, image_reference.dtype)
+                processed_image_reference = (image_reference - bn_mean) / bn_std
+        prepared["processed_image_reference"] = processed_image_reference
+
+        prepared["mask_condition"] = mask_processor.preprocess(
+            mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
+        )
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = Flux2KleinInpaintPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_flux2_klein_inpaint_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `Flux2KleinInpaintPipeline`; it runs in the engine process, where no model is loaded."""
     processor = Flux2ImageProcessor()
@@ -271,6 +440,7 @@ class Flux2KleinInpaintPipeline(
         "latents",
         "prompt_embeds",
         "negative_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -874,11 +1044,12 @@ class Flux2KleinInpaintPipeline(
         if guidance_scale > 1.0 and self.is_distilled:
             logger.warning(f"Guidance scale {guidance_scale} is ignored for step-wise distilled models.")
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -917,6 +1088,9 @@ class Flux2KleinInpaintPipeline(
         for name in ("text_encoder_out_layers",):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -940,6 +1114,7 @@ class Flux2KleinInpaintPipeline(
         output_type: str = "pil",
         max_sequence_length: int = 512,
         text_encoder_out_layers: tuple[int, ...] = (9, 18, 27),
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -973,6 +1148,13 @@ class Flux2KleinInpaintPipeline(
             resize_mode = "default"
             height = image.shape[2] * self.vae_scale_factor * 2
             width = image.shape[3] * self.vae_scale_factor * 2
+        elif "crops_coords" in prepared_media:
+            crops_coords = prepared_media["crops_coords"]
+            height = prepared_media["height"]
+            init_image = prepared_media["init_image"]
+            original_image = prepared_media["original_image"]
+            resize_mode = prepared_media["resize_mode"]
+            width = prepared_media["width"]
         elif image is not None:
             if isinstance(image, list) and isinstance(image[0], torch.Tensor) and image[0].ndim == 4:
                 image = torch.cat(image, dim=0)
@@ -1007,7 +1189,9 @@ class Flux2KleinInpaintPipeline(
 
         # 2.2 Preprocess reference image
         processed_image_reference = None
-        if image_reference is not None and not (
+        if "processed_image_reference" in prepared_media:
+            processed_image_reference = prepared_media["processed_image_reference"]
+        elif image_reference is not None and not (
             isinstance(image_reference, torch.Tensor) and image_reference.size(1) == self.latent_channels * 4
         ):
             if (
@@ -1129,9 +1313,12 @@ class Flux2KleinInpaintPipeline(
             prompt_embeds.dtype,
         )
 
-        mask_condition = self.mask_processor.preprocess(
-            mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
-        )
+        if "mask_condition" in prepared_media:
+            mask_condition = prepared_media["mask_condition"]
+        else:
+            mask_condition = self.mask_processor.preprocess(
+                mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
+            )
 
         mask = self.prepare_mask_latents(
             mask_condition,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.GlmImageTransformer2DModel (models/transformers/transformer_glm_image.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.GlmImageTransformer2DModel (models/transformers/transformer_glm_image.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -208,6 +208,12 @@ class MaskedFlashAttention(FlashAttentionImpl):
         return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
+def all_tokens(length: int, *streams: str) -> int:
+    """How many tokens `streams` have on all ranks that share them; this rank has `length` of them."""
+    lengths = [get_sp_shard_original_seq_len(stream) for stream in streams]
+    return length if None in lengths else sum(lengths)
+
+
 @functools.lru_cache(maxsize=32)
 def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
     """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
@@ -244,6 +250,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -523,7 +531,6 @@ class GlmImageAdaLayerNormZero(nn.Module):
         )
 
 
-@torch._dynamo.allow_in_graph
 class GlmImageAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `GlmImageAttnProcessor`."""
 
@@ -640,8 +647,11 @@ class GlmImageAttention(nn.Module):
             text_attn_mask = attention_mask
             assert text_attn_mask.dim() == 2, "the shape of text_attn_mask should be (batch_size, text_seq_length)"
             text_attn_mask = text_attn_mask.float().to(query.device)
-            mix_attn_mask = torch.ones((batch_size, text_seq_length + image_seq_length), device=query.device)
-            mix_attn_mask[:, :text_seq_length] = text_attn_mask
+            mix_attn_mask = torch.ones(
+                (batch_size, all_tokens(text_seq_length + image_seq_length, "encoder_hidden_states", "hidden_states")),
+                device=query.device,
+            )
+            mix_attn_mask[:, : all_tokens(text_seq_length, "encoder_hidden_states")] = text_attn_mask
             mix_attn_mask = mix_attn_mask.unsqueeze(2)
             attn_mask_matrix = mix_attn_mask @ mix_attn_mask.transpose(1, 2)
             attention_mask = (attn_mask_matrix > 0).unsqueeze(1).to(query.dtype)
@@ -719,7 +729,6 @@ class GlmImageFeedForwardGeluApproximate(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class GlmImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -856,8 +865,10 @@ class GlmImageTransformer2DModel(nn.Module):
     ]
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
         "shard_hidden_states": {
             0: SequenceParallelInput(
@@ -865,8 +876,8 @@ class GlmImageTransformer2DModel(nn.Module):
             )
         },
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
@@ -1035,8 +1046,6 @@ class GlmImageTransformer2DModel(nn.Module):
         temb = self.time_condition_embed(timestep, target_size, crop_coords, hidden_states.dtype)
         if kv_caches is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
             raise NotImplementedError("`kv_caches` can not be divided between the ranks of sequence parallelism")
-        if attention_mask is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
-            raise NotImplementedError("`attention_mask` can not be divided between the ranks of sequence parallelism")
         image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
         hidden_states = self.shard_hidden_states(hidden_states)
         encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)

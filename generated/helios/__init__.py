@@ -3,11 +3,13 @@
 """Ports of the helios family."""
 
 from .helios_transformer import HeliosTransformer3DModel
-from .pipeline_helios import HeliosPipeline
-from .pipeline_helios_pyramid import HeliosPyramidPipeline
+from .pipeline_helios import HeliosPipeline, get_helios_pre_process_func
+from .pipeline_helios_pyramid import HeliosPyramidPipeline, get_helios_pyramid_pre_process_func
 
 __all__ = [
     "HeliosPipeline",
     "HeliosPyramidPipeline",
     "HeliosTransformer3DModel",
+    "get_helios_pre_process_func",
+    "get_helios_pyramid_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HeliosPyramidPipeline (pipelines/helios/pipeline_helios_pyramid.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HeliosPyramidPipeline (pipelines/helios/pipeline_helios_pyramid.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
@@ -123,6 +125,56 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def get_helios_pyramid_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `HeliosPyramidPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("scale_factor_spatial", 8)
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        height: int = 384,
+        width: int = 640,
+        image: PipelineImageInput | None = None,
+        video: PipelineImageInput | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        # 4. Prepare image or video
+        if image is not None:
+            prepared["image"] = video_processor.preprocess(image, height=height, width=width)
+
+        if video is not None:
+            prepared["video"] = video_processor.preprocess_video(video, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = HeliosPyramidPipeline.request_arguments(prompt, request.sampling_params, request.is_dummy_run())
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
 
 
 class HeliosPyramidPipeline(
@@ -492,13 +544,14 @@ class HeliosPyramidPipeline(
 
         return noise
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -548,6 +601,9 @@ class HeliosPyramidPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -583,6 +639,7 @@ class HeliosPyramidPipeline(
         use_zero_init: bool | None = True,
         zero_steps: int | None = 1,
         is_amplify_first_chunk: bool = False,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -644,7 +701,10 @@ class HeliosPyramidPipeline(
 
         # 4. Prepare image or video
         if image is not None:
-            image = self.video_processor.preprocess(image, height=height, width=width)
+            if "image" in prepared_media:
+                image = prepared_media["image"]
+            else:
+                image = self.video_processor.preprocess(image, height=height, width=width)
             image_latents, fake_image_latents = self.prepare_image_latents(
                 image,
                 latents_mean=latents_mean,
@@ -676,7 +736,10 @@ class HeliosPyramidPipeline(
             )
 
         if video is not None:
-            video = self.video_processor.preprocess_video(video, height=height, width=width)
+            if "video" in prepared_media:
+                video = prepared_media["video"]
+            else:
+                video = self.video_processor.preprocess_video(video, height=height, width=width)
             image_latents, video_latents = self.prepare_video_latents(
                 video,
                 latents_mean=latents_mean,

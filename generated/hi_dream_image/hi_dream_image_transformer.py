@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HiDreamImageTransformer2DModel (models/transformers/transformer_hidream_image.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HiDreamImageTransformer2DModel (models/transformers/transformer_hidream_image.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -154,7 +154,6 @@ class HiDreamBlock(nn.Module):
         )
 
 
-@torch._dynamo.allow_in_graph
 class HiDreamSelfAttention(nn.Module):
     def __init__(
         self,
@@ -449,7 +448,6 @@ class MOEFeedForwardSwiGLU(nn.Module):
         return expert_cache
 
 
-@torch._dynamo.allow_in_graph
 class HiDreamImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -559,7 +557,6 @@ class HiDreamImageTransformerBlock(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class HiDreamSelfAttention2(nn.Module):
     def __init__(
         self,
@@ -672,7 +669,6 @@ class HiDreamSelfAttention2(nn.Module):
         return norm_hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class HiDreamImageSingleTransformerBlock(nn.Module):
     def __init__(
         self,

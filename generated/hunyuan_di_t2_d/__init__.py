@@ -7,6 +7,7 @@ from .pipeline_hunyuan_di_t import HunyuanDiTPipeline, get_hunyuan_di_t_post_pro
 from .pipeline_hunyuan_di_t_control_net import (
     HunyuanDiTControlNetPipeline,
     get_hunyuan_di_t_control_net_post_process_func,
+    get_hunyuan_di_t_control_net_pre_process_func,
 )
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "HunyuanDiTControlNetPipeline",
     "HunyuanDiTPipeline",
     "get_hunyuan_di_t_control_net_post_process_func",
+    "get_hunyuan_di_t_control_net_pre_process_func",
     "get_hunyuan_di_t_post_process_func",
 ]

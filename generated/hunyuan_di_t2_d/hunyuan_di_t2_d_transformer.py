@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanDiT2DModel (models/transformers/hunyuan_transformer_2d.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HunyuanDiT2DModel (models/transformers/hunyuan_transformer_2d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class AdaLayerNormShift(nn.Module):
         return x
 
 
-@torch._dynamo.allow_in_graph
 class HunyuanDiT2DSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanAttnProcessor2_0`."""
 
@@ -157,7 +156,6 @@ class HunyuanDiT2DSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class HunyuanDiT2DCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanAttnProcessor2_0`."""
 
@@ -443,7 +441,6 @@ class HunyuanDiT2DFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class HunyuanDiTBlock(nn.Module):
     r"""
     Transformer block used in Hunyuan-DiT model (https://github.com/Tencent/HunyuanDiT). Allow skip connection and

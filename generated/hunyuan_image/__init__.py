@@ -4,7 +4,11 @@
 
 from .hunyuan_image_transformer import HunyuanImageTransformer2DModel
 from .pipeline_hunyuan_image import HunyuanImagePipeline, get_hunyuan_image_post_process_func
-from .pipeline_hunyuan_image_refiner import HunyuanImageRefinerPipeline, get_hunyuan_image_refiner_post_process_func
+from .pipeline_hunyuan_image_refiner import (
+    HunyuanImageRefinerPipeline,
+    get_hunyuan_image_refiner_post_process_func,
+    get_hunyuan_image_refiner_pre_process_func,
+)
 
 __all__ = [
     "HunyuanImagePipeline",
@@ -12,4 +16,5 @@ __all__ = [
     "HunyuanImageTransformer2DModel",
     "get_hunyuan_image_post_process_func",
     "get_hunyuan_image_refiner_post_process_func",
+    "get_hunyuan_image_refiner_pre_process_func",
 ]

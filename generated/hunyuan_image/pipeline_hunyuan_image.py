@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanImagePipeline (pipelines/hunyuan_image/pipeline_hunyuanimage.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HunyuanImagePipeline (pipelines/hunyuan_image/pipeline_hunyuanimage.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -1026,12 +1026,13 @@ class HunyuanImagePipeline(
         return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
-        """Step execution: encode one request and give it a scheduler of its own."""
+        """Step execution: encode one request and give it a scheduler and a guider of its own."""
         inputs, state.extra["decode"] = self.prepare_generation(**self.request_arguments(state.prompt, state.sampling))
         state.latents = inputs.pop("latents")
         state.timesteps = inputs.pop("timesteps")
         state.step_index = 0
         state.scheduler = copy.deepcopy(self.scheduler)
+        inputs["guider"] = copy.deepcopy(inputs["guider"])
         state.extra["denoise"] = inputs
         return state
 

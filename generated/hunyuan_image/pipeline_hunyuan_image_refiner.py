@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanImageRefinerPipeline (pipelines/hunyuan_image/pipeline_hunyuanimage_refiner.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HunyuanImageRefinerPipeline (pipelines/hunyuan_image/pipeline_hunyuanimage_refiner.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -191,6 +193,59 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_hunyuan_image_refiner_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `HunyuanImageRefinerPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    transformer_config = read_json(od_config, "transformer/config.json")
+
+    vae_scale_factor = vae_config.get("spatial_compression_ratio", 16)
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
+    default_sample_size = 64
+    latent_channels = transformer_config.get("in_channels", 64) // 2
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or default_sample_size * vae_scale_factor
+        width = width or default_sample_size * vae_scale_factor
+
+        # 3. process image
+        if not (image is not None and isinstance(image, torch.Tensor) and image.shape[1] == latent_channels):
+            prepared["image"] = image_processor.preprocess(image, height, width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = HunyuanImageRefinerPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_hunyuan_image_refiner_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `HunyuanImageRefinerPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -250,6 +305,7 @@ class HunyuanImageRefinerPipeline(
         "prompt_embeds_mask",
         "negative_prompt_embeds",
         "negative_prompt_embeds_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -534,11 +590,12 @@ class HunyuanImageRefinerPipeline(
 
         return image_latents
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -569,6 +626,9 @@ class HunyuanImageRefinerPipeline(
         for name in ("distilled_guidance_scale",):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -589,6 +649,7 @@ class HunyuanImageRefinerPipeline(
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds_mask: torch.Tensor | None = None,
         output_type: str | None = "pil",
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -621,7 +682,10 @@ class HunyuanImageRefinerPipeline(
         if image is not None and isinstance(image, torch.Tensor) and image.shape[1] == self.latent_channels:
             image_latents = image
         else:
-            image = self.image_processor.preprocess(image, height, width)
+            if "image" in prepared_media:
+                image = prepared_media["image"]
+            else:
+                image = self.image_processor.preprocess(image, height, width)
             image = image.unsqueeze(2).to(device, dtype=self.vae.dtype)
             image_latents = self._encode_vae_image(image=image, generator=generator)
 
@@ -916,12 +980,13 @@ class HunyuanImageRefinerPipeline(
         return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
-        """Step execution: encode one request and give it a scheduler of its own."""
+        """Step execution: encode one request and give it a scheduler and a guider of its own."""
         inputs, state.extra["decode"] = self.prepare_generation(**self.request_arguments(state.prompt, state.sampling))
         state.latents = inputs.pop("latents")
         state.timesteps = inputs.pop("timesteps")
         state.step_index = 0
         state.scheduler = copy.deepcopy(self.scheduler)
+        inputs["guider"] = copy.deepcopy(inputs["guider"])
         state.extra["denoise"] = inputs
         return state
 

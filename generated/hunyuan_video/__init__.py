@@ -3,13 +3,21 @@
 """Ports of the hunyuan_video family."""
 
 from .hunyuan_video_transformer import HunyuanVideoTransformer3DModel
-from .pipeline_hunyuan_skyreels_image_to_video import HunyuanSkyreelsImageToVideoPipeline
+from .pipeline_hunyuan_skyreels_image_to_video import (
+    HunyuanSkyreelsImageToVideoPipeline,
+    get_hunyuan_skyreels_image_to_video_pre_process_func,
+)
 from .pipeline_hunyuan_video import HunyuanVideoPipeline
-from .pipeline_hunyuan_video_image_to_video import HunyuanVideoImageToVideoPipeline
+from .pipeline_hunyuan_video_image_to_video import (
+    HunyuanVideoImageToVideoPipeline,
+    get_hunyuan_video_image_to_video_pre_process_func,
+)
 
 __all__ = [
     "HunyuanSkyreelsImageToVideoPipeline",
     "HunyuanVideoImageToVideoPipeline",
     "HunyuanVideoPipeline",
     "HunyuanVideoTransformer3DModel",
+    "get_hunyuan_skyreels_image_to_video_pre_process_func",
+    "get_hunyuan_video_image_to_video_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanSkyreelsImageToVideoPipeline (pipelines/hunyuan_video/pipeline_hunyuan_skyreels_image2video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HunyuanSkyreelsImageToVideoPipeline (pipelines/hunyuan_video/pipeline_hunyuan_skyreels_image2video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -213,6 +214,51 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_hunyuan_skyreels_image_to_video_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `HunyuanSkyreelsImageToVideoPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("spatial_compression_ratio", 8)
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput,
+        height: int = 544,
+        width: int = 960,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        prepared["image"] = video_processor.preprocess(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = HunyuanSkyreelsImageToVideoPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class HunyuanSkyreelsImageToVideoPipeline(
     nn.Module,
     SupportImageInput,
@@ -265,6 +311,7 @@ class HunyuanSkyreelsImageToVideoPipeline(
         "negative_prompt_embeds",
         "negative_pooled_prompt_embeds",
         "negative_prompt_attention_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -550,13 +597,14 @@ class HunyuanSkyreelsImageToVideoPipeline(
 
         return latents, image_latents
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -593,6 +641,9 @@ class HunyuanSkyreelsImageToVideoPipeline(
         for name in ("image",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -621,6 +672,7 @@ class HunyuanSkyreelsImageToVideoPipeline(
         output_type: str | None = "pil",
         prompt_template: dict[str, Any] = DEFAULT_PROMPT_TEMPLATE,
         max_sequence_length: int = 256,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -691,7 +743,11 @@ class HunyuanSkyreelsImageToVideoPipeline(
 
         # 5. Prepare latent variables
         vae_dtype = self.vae.dtype
-        image = self.video_processor.preprocess(image, height=height, width=width).to(device, vae_dtype)
+        if "image" in prepared_media:
+            image = prepared_media["image"]
+        else:
+            image = self.video_processor.preprocess(image, height=height, width=width)
+        image = image.to(device, vae_dtype)
         num_channels_latents = self.transformer.config.in_channels // 2
         latents, image_latents = self.prepare_latents(
             image,

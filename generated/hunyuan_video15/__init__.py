@@ -7,6 +7,7 @@ from .pipeline_hunyuan_video15 import HunyuanVideo15Pipeline, get_hunyuan_video1
 from .pipeline_hunyuan_video15_image_to_video import (
     HunyuanVideo15ImageToVideoPipeline,
     get_hunyuan_video15_image_to_video_post_process_func,
+    get_hunyuan_video15_image_to_video_pre_process_func,
 )
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "HunyuanVideo15Pipeline",
     "HunyuanVideo15Transformer3DModel",
     "get_hunyuan_video15_image_to_video_post_process_func",
+    "get_hunyuan_video15_image_to_video_pre_process_func",
     "get_hunyuan_video15_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanVideo15Pipeline (pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HunyuanVideo15Pipeline (pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -796,6 +796,7 @@ class HunyuanVideo15Pipeline(
             dtype=self.dtype,
             device=device,
         )
+        guider = self.guider
         return (
             {
                 "latents": latents,
@@ -810,6 +811,7 @@ class HunyuanVideo15Pipeline(
                 "negative_prompt_embeds_2": negative_prompt_embeds_2,
                 "prompt_embeds_mask_2": prompt_embeds_mask_2,
                 "negative_prompt_embeds_mask_2": negative_prompt_embeds_mask_2,
+                "guider": guider,
                 "num_inference_steps": num_inference_steps,
                 "image_embeds": image_embeds,
             },
@@ -832,6 +834,7 @@ class HunyuanVideo15Pipeline(
         negative_prompt_embeds_2,
         prompt_embeds_mask_2,
         negative_prompt_embeds_mask_2,
+        guider,
         i,
         num_inference_steps,
         image_embeds,
@@ -851,7 +854,7 @@ class HunyuanVideo15Pipeline(
         }
 
         # Step 2: Update guider's internal state for this denoising step
-        self.guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
+        guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
 
         # Step 3: Prepare batched model inputs based on the guidance method
         # The guider splits model inputs into separate batches for conditional/unconditional predictions.
@@ -862,7 +865,7 @@ class HunyuanVideo15Pipeline(
         #       {"encoder_hidden_states": negative_prompt_embeds, "__guidance_identifier__": "pred_uncond"},  # unconditional batch
         #   ]
         # Other guidance methods may return 1 batch (no guidance) or 3+ batches (e.g., PAG, APG).
-        guider_state = self.guider.prepare_inputs(guider_inputs)
+        guider_state = guider.prepare_inputs(guider_inputs)
         # Step 4: Run the denoiser for each batch
         # Each batch in guider_state represents a different conditioning (conditional, unconditional, etc.).
         # We run the model once per batch and store the noise prediction in guider_state_batch.noise_pred.
@@ -872,6 +875,7 @@ class HunyuanVideo15Pipeline(
             cond_kwargs = {input_name: getattr(guider_state_batch, input_name) for input_name in guider_inputs.keys()}
             branches_kwargs.append(
                 {
+                    "guider": guider,
                     "branch": branch,
                     "hidden_states": latent_model_input,
                     "image_embeds": image_embeds,
@@ -899,16 +903,16 @@ class HunyuanVideo15Pipeline(
         # Then applies CFG formula:
         #   noise_pred = pred_uncond + guidance_scale * (pred_cond - pred_uncond)
         # Returns GuiderOutput(pred=noise_pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
-        noise_pred = self.guider(guider_state)[0]
+        noise_pred = guider(guider_state)[0]
         return noise_pred
 
-    def predict_noise(self, branch, **kwargs):
+    def predict_noise(self, guider, branch, **kwargs):
         """The prediction of one guidance branch."""
         # The guider counts the branches that it prepared; another rank may run those before this one.
-        self.guider._count_prepared = branch
-        self.guider.prepare_models(self.transformer)
+        guider._count_prepared = branch
+        guider.prepare_models(self.transformer)
         noise_pred = self.transformer(**kwargs)[0]
-        self.guider.cleanup_models(self.transformer)
+        guider.cleanup_models(self.transformer)
         return noise_pred
 
     def combine_multi_branch_cfg_noise(self, predictions, true_cfg_scale, cfg_normalize=False):
@@ -929,6 +933,7 @@ class HunyuanVideo15Pipeline(
         negative_prompt_embeds_2,
         prompt_embeds_mask_2,
         negative_prompt_embeds_mask_2,
+        guider,
         num_inference_steps,
         image_embeds,
     ) -> torch.Tensor:
@@ -948,6 +953,7 @@ class HunyuanVideo15Pipeline(
                     negative_prompt_embeds_2=negative_prompt_embeds_2,
                     prompt_embeds_mask_2=prompt_embeds_mask_2,
                     negative_prompt_embeds_mask_2=negative_prompt_embeds_mask_2,
+                    guider=guider,
                     i=i,
                     num_inference_steps=num_inference_steps,
                     image_embeds=image_embeds,
@@ -1039,7 +1045,7 @@ class HunyuanVideo15Pipeline(
         return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
-        """Step execution: encode one request and give it a scheduler of its own."""
+        """Step execution: encode one request and give it a scheduler and a guider of its own."""
         inputs, state.extra["decode"] = self.prepare_generation(
             **self.request_arguments(
                 state.prompt, state.sampling, OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
@@ -1049,6 +1055,7 @@ class HunyuanVideo15Pipeline(
         state.timesteps = inputs.pop("timesteps")
         state.step_index = 0
         state.scheduler = copy.deepcopy(self.scheduler)
+        inputs["guider"] = copy.deepcopy(inputs["guider"])
         state.extra["denoise"] = inputs
         return state
 
@@ -1073,6 +1080,7 @@ class HunyuanVideo15Pipeline(
                     negative_prompt_embeds_2=inputs["negative_prompt_embeds_2"],
                     prompt_embeds_mask_2=inputs["prompt_embeds_mask_2"],
                     negative_prompt_embeds_mask_2=inputs["negative_prompt_embeds_mask_2"],
+                    guider=inputs["guider"],
                     i=state.step_index,
                     num_inference_steps=inputs["num_inference_steps"],
                     image_embeds=inputs["image_embeds"],

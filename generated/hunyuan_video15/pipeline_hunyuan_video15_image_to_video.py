@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanVideo15ImageToVideoPipeline (pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5_image2video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HunyuanVideo15ImageToVideoPipeline (pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5_image2video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -246,6 +247,59 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_hunyuan_video15_image_to_video_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `HunyuanVideo15ImageToVideoPipeline`: what its media need before a model; it runs in the engine process."""
+    transformer_config = read_json(od_config, "transformer/config.json")
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("spatial_compression_ratio", 16)
+    video_processor = HunyuanVideo15ImageProcessor(
+        vae_scale_factor=vae_scale_factor_spatial, do_resize=False, do_convert_rgb=True
+    )
+    target_size = transformer_config.get("target_size", 640)
+
+    def prepare_media(
+        *,
+        image: Image.Image,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height, width = video_processor.calculate_default_height_width(
+            height=image.size[1], width=image.size[0], target_size=target_size
+        )
+        prepared["height"] = height
+        prepared["width"] = width
+        prepared["image"] = video_processor.resize(image, height=height, width=width, resize_mode="crop")
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = HunyuanVideo15ImageToVideoPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_hunyuan_video15_image_to_video_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `HunyuanVideo15ImageToVideoPipeline`; it runs in the engine process, where no model is loaded."""
     processor = HunyuanVideo15ImageProcessor()
@@ -323,6 +377,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         "prompt_embeds_mask_2",
         "negative_prompt_embeds_2",
         "negative_prompt_embeds_mask_2",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -756,13 +811,14 @@ class HunyuanVideo15ImageToVideoPipeline(
 
         return latent_condition, latent_mask
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -793,6 +849,9 @@ class HunyuanVideo15ImageToVideoPipeline(
         for name in ("image",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -815,6 +874,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         negative_prompt_embeds_2: torch.Tensor | None = None,
         negative_prompt_embeds_mask_2: torch.Tensor | None = None,
         output_type: str | None = "np",
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -833,10 +893,17 @@ class HunyuanVideo15ImageToVideoPipeline(
             negative_prompt_embeds_mask_2=negative_prompt_embeds_mask_2,
         )
 
-        height, width = self.video_processor.calculate_default_height_width(
-            height=image.size[1], width=image.size[0], target_size=self.target_size
-        )
-        image = self.video_processor.resize(image, height=height, width=width, resize_mode="crop")
+        if "height" in prepared_media:
+            height = prepared_media["height"]
+            width = prepared_media["width"]
+        else:
+            height, width = self.video_processor.calculate_default_height_width(
+                height=image.size[1], width=image.size[0], target_size=self.target_size
+            )
+        if "image" in prepared_media:
+            image = prepared_media["image"]
+        else:
+            image = self.video_processor.resize(image, height=height, width=width, resize_mode="crop")
 
         device = self.device
 
@@ -913,6 +980,7 @@ class HunyuanVideo15ImageToVideoPipeline(
             dtype=self.dtype,
             device=device,
         )
+        guider = self.guider
         return (
             {
                 "latents": latents,
@@ -928,6 +996,7 @@ class HunyuanVideo15ImageToVideoPipeline(
                 "negative_prompt_embeds_2": negative_prompt_embeds_2,
                 "prompt_embeds_mask_2": prompt_embeds_mask_2,
                 "negative_prompt_embeds_mask_2": negative_prompt_embeds_mask_2,
+                "guider": guider,
                 "num_inference_steps": num_inference_steps,
                 "image_embeds": image_embeds,
             },
@@ -953,6 +1022,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         negative_prompt_embeds_2,
         prompt_embeds_mask_2,
         negative_prompt_embeds_mask_2,
+        guider,
         num_inference_steps,
         image_embeds,
     ) -> torch.Tensor:
@@ -980,7 +1050,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         }
 
         # Step 2: Update guider's internal state for this denoising step
-        self.guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
+        guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
 
         # Step 3: Prepare batched model inputs based on the guidance method
         # The guider splits model inputs into separate batches for conditional/unconditional predictions.
@@ -991,7 +1061,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         #       {"encoder_hidden_states": negative_prompt_embeds, "__guidance_identifier__": "pred_uncond"},  # unconditional batch
         #   ]
         # Other guidance methods may return 1 batch (no guidance) or 3+ batches (e.g., PAG, APG).
-        guider_state = self.guider.prepare_inputs(guider_inputs)
+        guider_state = guider.prepare_inputs(guider_inputs)
         # Step 4: Run the denoiser for each batch
         # Each batch in guider_state represents a different conditioning (conditional, unconditional, etc.).
         # We run the model once per batch and store the noise prediction in guider_state_batch.noise_pred.
@@ -1001,6 +1071,7 @@ class HunyuanVideo15ImageToVideoPipeline(
             cond_kwargs = {input_name: getattr(guider_state_batch, input_name) for input_name in guider_inputs.keys()}
             branches_kwargs.append(
                 {
+                    "guider": guider,
                     "branch": branch,
                     "hidden_states": latent_model_input,
                     "image_embeds": image_embeds,
@@ -1029,16 +1100,16 @@ class HunyuanVideo15ImageToVideoPipeline(
         # Then applies CFG formula:
         #   noise_pred = pred_uncond + guidance_scale * (pred_cond - pred_uncond)
         # Returns GuiderOutput(pred=noise_pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
-        noise_pred = self.guider(guider_state)[0]
+        noise_pred = guider(guider_state)[0]
         return noise_pred
 
-    def predict_noise(self, branch, **kwargs):
+    def predict_noise(self, guider, branch, **kwargs):
         """The prediction of one guidance branch."""
         # The guider counts the branches that it prepared; another rank may run those before this one.
-        self.guider._count_prepared = branch
-        self.guider.prepare_models(self.transformer)
+        guider._count_prepared = branch
+        guider.prepare_models(self.transformer)
         noise_pred = self.transformer(**kwargs)[0]
-        self.guider.cleanup_models(self.transformer)
+        guider.cleanup_models(self.transformer)
         return noise_pred
 
     def combine_multi_branch_cfg_noise(self, predictions, true_cfg_scale, cfg_normalize=False):
@@ -1060,6 +1131,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         negative_prompt_embeds_2,
         prompt_embeds_mask_2,
         negative_prompt_embeds_mask_2,
+        guider,
         num_inference_steps,
         image_embeds,
     ) -> torch.Tensor:
@@ -1082,6 +1154,7 @@ class HunyuanVideo15ImageToVideoPipeline(
                     negative_prompt_embeds_2=negative_prompt_embeds_2,
                     prompt_embeds_mask_2=prompt_embeds_mask_2,
                     negative_prompt_embeds_mask_2=negative_prompt_embeds_mask_2,
+                    guider=guider,
                     num_inference_steps=num_inference_steps,
                     image_embeds=image_embeds,
                 )
@@ -1171,7 +1244,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
-        """Step execution: encode one request and give it a scheduler of its own."""
+        """Step execution: encode one request and give it a scheduler and a guider of its own."""
         inputs, state.extra["decode"] = self.prepare_generation(
             **self.request_arguments(
                 state.prompt, state.sampling, OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
@@ -1181,6 +1254,7 @@ class HunyuanVideo15ImageToVideoPipeline(
         state.timesteps = inputs.pop("timesteps")
         state.step_index = 0
         state.scheduler = copy.deepcopy(self.scheduler)
+        inputs["guider"] = copy.deepcopy(inputs["guider"])
         state.extra["denoise"] = inputs
         return state
 
@@ -1208,6 +1282,7 @@ class HunyuanVideo15ImageToVideoPipeline(
                     negative_prompt_embeds_2=inputs["negative_prompt_embeds_2"],
                     prompt_embeds_mask_2=inputs["prompt_embeds_mask_2"],
                     negative_prompt_embeds_mask_2=inputs["negative_prompt_embeds_mask_2"],
+                    guider=inputs["guider"],
                     num_inference_steps=inputs["num_inference_steps"],
                     image_embeds=inputs["image_embeds"],
                 )

@@ -3,9 +3,13 @@
 """Ports of the hunyuan_video_framepack family."""
 
 from .hunyuan_video_framepack_transformer import HunyuanVideoFramepackTransformer3DModel
-from .pipeline_hunyuan_video_framepack import HunyuanVideoFramepackPipeline
+from .pipeline_hunyuan_video_framepack import (
+    HunyuanVideoFramepackPipeline,
+    get_hunyuan_video_framepack_pre_process_func,
+)
 
 __all__ = [
     "HunyuanVideoFramepackPipeline",
     "HunyuanVideoFramepackTransformer3DModel",
+    "get_hunyuan_video_framepack_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanVideoFramepackTransformer3DModel (models/transformers/transformer_hunyuan_video_framepack.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.HunyuanVideoFramepackTransformer3DModel (models/transformers/transformer_hunyuan_video_framepack.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -194,6 +194,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -244,7 +246,6 @@ class HunyuanVideoHistoryPatchEmbed(nn.Module):
         return latents_clean, latents_clean_2x, latents_clean_4x
 
 
-@torch._dynamo.allow_in_graph
 class HunyuanVideoFramepackSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -719,7 +720,6 @@ class HunyuanVideoFramepackAdaLayerNormZero(nn.Module):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
-@torch._dynamo.allow_in_graph
 class HunyuanVideoFramepackJointAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanVideoAttnProcessor2_0`."""
 
@@ -1035,7 +1035,6 @@ class HunyuanVideoFramepackHunyuanVideoTransformerBlock(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class HunyuanVideoFramepackCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `HunyuanVideoAttnProcessor2_0`."""
 
@@ -1324,8 +1323,10 @@ class HunyuanVideoFramepackTransformer3DModel(nn.Module):
     }
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
         "shard_hidden_states": {
             0: SequenceParallelInput(
@@ -1333,8 +1334,8 @@ class HunyuanVideoFramepackTransformer3DModel(nn.Module):
             )
         },
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "gather_hidden_states": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),

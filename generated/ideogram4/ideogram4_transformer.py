@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Ideogram4Transformer2DModel (models/transformers/transformer_ideogram4.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.Ideogram4Transformer2DModel (models/transformers/transformer_ideogram4.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.distributed.utils import get_local_device
@@ -166,6 +166,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -391,7 +393,6 @@ class Ideogram4MLP(nn.Module):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
-@torch._dynamo.allow_in_graph
 class Ideogram4TransformerBlock(nn.Module):
     def __init__(
         self,
@@ -495,9 +496,12 @@ class Ideogram4Transformer2DModel(nn.Module):
     _cache_dit_adapter_config = CacheDiTAdapterConfig(block_forward_patterns={"layers": ForwardPattern.Pattern_3})
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
+        "shard_adaln_input": {"input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True)},
         "shard_hidden_states": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
@@ -582,6 +586,7 @@ class Ideogram4Transformer2DModel(nn.Module):
             out_channels=in_channels,
             adaln_dim=adaln_dim,
         )
+        self.shard_adaln_input = nn.Identity()
         self.shard_image_rotary_emb = nn.Identity()
         self.shard_hidden_states = nn.Identity()
 
@@ -660,6 +665,8 @@ class Ideogram4Transformer2DModel(nn.Module):
         # Block-diagonal mask from segment ids: tokens only attend within their segment. Shared by every block.
         attention_mask = (segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)).unsqueeze(1)
         attention_mask = mask_if_padded(attention_mask)
+        if adaln_input.ndim == 3 and adaln_input.shape[1] > 1:
+            adaln_input = self.shard_adaln_input(adaln_input)
         image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
         hidden_states = self.shard_hidden_states(hidden_states)
 

@@ -3,10 +3,15 @@
 """Ports of the joy_image_edit family."""
 
 from .joy_image_edit_transformer import JoyImageEditTransformer3DModel
-from .pipeline_joy_image_edit import JoyImageEditPipeline, get_joy_image_edit_post_process_func
+from .pipeline_joy_image_edit import (
+    JoyImageEditPipeline,
+    get_joy_image_edit_post_process_func,
+    get_joy_image_edit_pre_process_func,
+)
 
 __all__ = [
     "JoyImageEditPipeline",
     "JoyImageEditTransformer3DModel",
     "get_joy_image_edit_post_process_func",
+    "get_joy_image_edit_pre_process_func",
 ]

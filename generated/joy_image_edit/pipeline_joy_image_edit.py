@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.JoyImageEditPipeline (pipelines/joyimage/pipeline_joyimage_edit.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.JoyImageEditPipeline (pipelines/joyimage/pipeline_joyimage_edit.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, List, Optional, Union
 
 import numpy as np
@@ -32,6 +33,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -169,6 +171,57 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_joy_image_edit_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `JoyImageEditPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("scale_factor_spatial", 8)
+    vae_image_processor = JoyImageEditImageProcessor(
+        vae_scale_factor=vae_scale_factor_spatial,
+    )
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        # Resize the input image to the nearest bucket resolution.
+        # Or resize the specified height and width to the nearest bucket resolution.
+        height, width = vae_image_processor.get_default_height_width(image, height, width)
+        prepared["height"] = height
+        prepared["width"] = width
+        if image is not None:
+            prepared["processed_image"] = vae_image_processor.resize_center_crop(image, (height, width))
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = JoyImageEditPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_joy_image_edit_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `JoyImageEditPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -227,6 +280,7 @@ class JoyImageEditPipeline(
         "prompt_embeds_mask",
         "negative_prompt_embeds",
         "negative_prompt_embeds_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -700,11 +754,12 @@ class JoyImageEditPipeline(
 
         return latents, image_latents
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -738,6 +793,9 @@ class JoyImageEditPipeline(
         for name in ("enable_denormalization",):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -761,13 +819,20 @@ class JoyImageEditPipeline(
         output_type: Optional[str] = "pil",
         max_sequence_length: int = 4096,
         enable_denormalization: bool = True,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
         # Resize the input image to the nearest bucket resolution.
         # Or resize the specified height and width to the nearest bucket resolution.
-        height, width = self.vae_image_processor.get_default_height_width(image, height, width)
+        if "height" in prepared_media:
+            height = prepared_media["height"]
+            width = prepared_media["width"]
+        else:
+            height, width = self.vae_image_processor.get_default_height_width(image, height, width)
         processed_image = None
-        if image is not None:
+        if "processed_image" in prepared_media:
+            processed_image = prepared_media["processed_image"]
+        elif image is not None:
             processed_image = self.vae_image_processor.resize_center_crop(image, (height, width))
 
         self.check_inputs(

@@ -3,10 +3,15 @@
 """Ports of the joy_image_edit_plus family."""
 
 from .joy_image_edit_plus_transformer import JoyImageEditPlusTransformer3DModel
-from .pipeline_joy_image_edit_plus import JoyImageEditPlusPipeline, get_joy_image_edit_plus_post_process_func
+from .pipeline_joy_image_edit_plus import (
+    JoyImageEditPlusPipeline,
+    get_joy_image_edit_plus_post_process_func,
+    get_joy_image_edit_plus_pre_process_func,
+)
 
 __all__ = [
     "JoyImageEditPlusPipeline",
     "JoyImageEditPlusTransformer3DModel",
     "get_joy_image_edit_plus_post_process_func",
+    "get_joy_image_edit_plus_pre_process_func",
 ]

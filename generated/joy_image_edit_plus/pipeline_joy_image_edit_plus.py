@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.JoyImageEditPlusPipeline (pipelines/joyimage/pipeline_joyimage_edit_plus.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.JoyImageEditPlusPipeline (pipelines/joyimage/pipeline_joyimage_edit_plus.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,6 +32,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -176,6 +178,75 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_joy_image_edit_plus_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `JoyImageEditPlusPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("scale_factor_spatial", 8)
+    image_processor = JoyImageEditImageProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        images: list[Image.Image] | list[list[Image.Image]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        # Normalize images input to List[List[Image]]
+        if images is not None:
+            if isinstance(images[0], Image.Image):
+                images = [images]  # single sample
+
+        # Determine output resolution from last reference image if not specified
+        if height is None or width is None:
+            if images is not None and len(images[0]) > 0:
+                last_img = images[0][-1]
+                height, width = image_processor.get_default_height_width(last_img)
+            else:
+                height = height or 1024
+                width = width or 1024
+            prepared["height"] = height
+            prepared["width"] = width
+
+        # Pre-process images: bucket-resize each reference image (matching original pipeline)
+        if images is not None:
+            processed_images = []
+            for sample_imgs in images:
+                processed_sample = []
+                for img in sample_imgs:
+                    ref_h, ref_w = image_processor.get_default_height_width(img)
+                    resize_img = image_processor.resize_center_crop(img, (ref_h, ref_w))
+                    processed_sample.append(resize_img)
+                processed_images.append(processed_sample)
+            prepared["images"] = processed_images
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = JoyImageEditPlusPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_joy_image_edit_plus_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `JoyImageEditPlusPipeline`; it runs in the engine process, where no model is loaded."""
     processor = JoyImageEditImageProcessor()
@@ -234,6 +305,7 @@ class JoyImageEditPlusPipeline(
         "prompt_embeds_mask",
         "negative_prompt_embeds",
         "negative_prompt_embeds_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -518,11 +590,12 @@ class JoyImageEditPlusPipeline(
                 f" {negative_prompt_embeds}. Please make sure to only forward one of the two."
             )
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -555,6 +628,9 @@ class JoyImageEditPlusPipeline(
         for name, key in (("images", "image"),):  # what the engine calls them
             if key in media and name not in arguments:
                 arguments[name] = media[key]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -576,6 +652,7 @@ class JoyImageEditPlusPipeline(
         negative_prompt_embeds_mask: torch.Tensor | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 4096,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
         # Normalize images input to List[List[Image]]
@@ -601,7 +678,10 @@ class JoyImageEditPlusPipeline(
             batch_size = prompt_embeds.shape[0]
 
         # Determine output resolution from last reference image if not specified
-        if height is None or width is None:
+        if "height" in prepared_media:
+            height = prepared_media["height"]
+            width = prepared_media["width"]
+        elif height is None or width is None:
             if images is not None and len(images[0]) > 0:
                 last_img = images[0][-1]
                 height, width = self.image_processor.get_default_height_width(last_img)
@@ -612,7 +692,9 @@ class JoyImageEditPlusPipeline(
         device = self.device
 
         # Pre-process images: bucket-resize each reference image (matching original pipeline)
-        if images is not None:
+        if "images" in prepared_media:
+            images = prepared_media["images"]
+        elif images is not None:
             processed_images = []
             for sample_imgs in images:
                 processed_sample = []

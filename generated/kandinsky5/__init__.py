@@ -3,8 +3,12 @@
 """Ports of the kandinsky5 family."""
 
 from .kandinsky5_transformer import Kandinsky5Transformer3DModel
-from .pipeline_kandinsky5_i2_i import Kandinsky5I2IPipeline, get_kandinsky5_i2_i_post_process_func
-from .pipeline_kandinsky5_i2_v import Kandinsky5I2VPipeline
+from .pipeline_kandinsky5_i2_i import (
+    Kandinsky5I2IPipeline,
+    get_kandinsky5_i2_i_post_process_func,
+    get_kandinsky5_i2_i_pre_process_func,
+)
+from .pipeline_kandinsky5_i2_v import Kandinsky5I2VPipeline, get_kandinsky5_i2_v_pre_process_func
 from .pipeline_kandinsky5_t2_i import Kandinsky5T2IPipeline, get_kandinsky5_t2_i_post_process_func
 from .pipeline_kandinsky5_t2_v import Kandinsky5T2VPipeline
 
@@ -15,5 +19,7 @@ __all__ = [
     "Kandinsky5T2VPipeline",
     "Kandinsky5Transformer3DModel",
     "get_kandinsky5_i2_i_post_process_func",
+    "get_kandinsky5_i2_i_pre_process_func",
+    "get_kandinsky5_i2_v_pre_process_func",
     "get_kandinsky5_t2_i_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Kandinsky5I2IPipeline (pipelines/kandinsky5/pipeline_kandinsky_i2i.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.Kandinsky5I2IPipeline (pipelines/kandinsky5/pipeline_kandinsky_i2i.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -156,6 +158,55 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_kandinsky5_i2_i_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `Kandinsky5I2IPipeline`: what its media need before a model; it runs in the engine process."""
+
+    vae_scale_factor_spatial = 8
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor_spatial)
+    resolutions = [(1024, 1024), (640, 1408), (1408, 640), (768, 1280), (1280, 768), (896, 1152), (1152, 896)]
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        # 1. Check inputs. Raise error if not correct
+        if height is None and width is None:
+            width, height = image[0].size if isinstance(image, list) else image.size
+        if (width, height) not in resolutions:
+            width, height = resolutions[np.argmin([abs((i[0] / i[1]) - (width / height)) for i in resolutions])]
+        prepared["image_tensor"] = image_processor.preprocess(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = Kandinsky5I2IPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_kandinsky5_i2_i_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `Kandinsky5I2IPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -218,6 +269,7 @@ class Kandinsky5I2IPipeline(
         "negative_prompt_embeds_clip",
         "prompt_cu_seqlens",
         "negative_prompt_cu_seqlens",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -585,6 +637,7 @@ class Kandinsky5I2IPipeline(
         device: torch.device | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
         """
         Prepare initial latent variables for image-to-image generation.
@@ -627,7 +680,11 @@ class Kandinsky5I2IPipeline(
 
         # Encode the input image to use as first frame
         # Preprocess image
-        image_tensor = self.image_processor.preprocess(image, height=height, width=width).to(device, dtype=dtype)
+        if "image_tensor" in prepared_media:
+            image_tensor = prepared_media["image_tensor"]
+        else:
+            image_tensor = self.image_processor.preprocess(image, height=height, width=width)
+        image_tensor = image_tensor.to(device, dtype=dtype)
         # Encode image to latents using VAE
         with torch.no_grad():
             image_latents = self.vae.encode(image_tensor).latent_dist.sample(generator=generator)
@@ -644,11 +701,12 @@ class Kandinsky5I2IPipeline(
 
         return latents
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -679,6 +737,9 @@ class Kandinsky5I2IPipeline(
         for name in ("image",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -701,6 +762,7 @@ class Kandinsky5I2IPipeline(
         negative_prompt_cu_seqlens: torch.Tensor | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 1024,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
         # 1. Check inputs. Raise error if not correct
@@ -787,6 +849,7 @@ class Kandinsky5I2IPipeline(
             device=device,
             generator=generator,
             latents=latents,
+            prepared_media=prepared_media,
         )
 
         # 6. Prepare rope positions for positional encoding

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Kandinsky5I2VPipeline (pipelines/kandinsky5/pipeline_kandinsky_i2v.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.Kandinsky5I2VPipeline (pipelines/kandinsky5/pipeline_kandinsky_i2v.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -163,6 +164,49 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_kandinsky5_i2_v_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `Kandinsky5I2VPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("spatial_compression_ratio", 8)
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput,
+        height: int = 512,
+        width: int = 768,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        prepared["image_tensor"] = video_processor.preprocess(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = Kandinsky5I2VPipeline.request_arguments(prompt, request.sampling_params, request.is_dummy_run())
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class Kandinsky5I2VPipeline(
     nn.Module,
     SupportImageInput,
@@ -210,6 +254,7 @@ class Kandinsky5I2VPipeline(
         "negative_prompt_embeds_clip",
         "prompt_cu_seqlens",
         "negative_prompt_cu_seqlens",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -722,6 +767,7 @@ class Kandinsky5I2VPipeline(
         device: torch.device | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> torch.Tensor:
         """
         Prepare initial latent variables for image-to-video generation.
@@ -767,7 +813,11 @@ class Kandinsky5I2VPipeline(
 
         # Encode the input image to use as first frame
         # Preprocess image
-        image_tensor = self.video_processor.preprocess(image, height=height, width=width).to(device, dtype=dtype)
+        if "image_tensor" in prepared_media:
+            image_tensor = prepared_media["image_tensor"]
+        else:
+            image_tensor = self.video_processor.preprocess(image, height=height, width=width)
+        image_tensor = image_tensor.to(device, dtype=dtype)
 
         # Encode image to latents using VAE
         with torch.no_grad():
@@ -807,13 +857,14 @@ class Kandinsky5I2VPipeline(
 
         return latents
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -845,6 +896,9 @@ class Kandinsky5I2VPipeline(
         for name in ("image",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -868,6 +922,7 @@ class Kandinsky5I2VPipeline(
         negative_prompt_cu_seqlens: torch.Tensor | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -955,6 +1010,7 @@ class Kandinsky5I2VPipeline(
             device=device,
             generator=generator,
             latents=latents,
+            prepared_media=prepared_media,
         )
 
         # 6. Prepare rope positions for positional encoding

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Kandinsky5T2IPipeline (pipelines/kandinsky5/pipeline_kandinsky_t2i.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.Kandinsky5T2IPipeline (pipelines/kandinsky5/pipeline_kandinsky_t2i.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LatteTransformer3DModel (models/transformers/latte_transformer_3d.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.LatteTransformer3DModel (models/transformers/latte_transformer_3d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -150,7 +150,6 @@ class LatteAdaLayerNormZero(nn.Module):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
-@torch._dynamo.allow_in_graph
 class LatteSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -241,7 +240,6 @@ class LatteSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class LatteCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -546,7 +544,6 @@ class LatteFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class LatteBasicTransformerBlock(nn.Module):
     """`BasicTransformerBlock` of Diffusers as this model uses it."""
 
@@ -758,7 +755,6 @@ class LatteBasicTransformerBlock(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class LatteBasicTransformerBlock2(nn.Module):
     """`BasicTransformerBlock` of Diffusers as this model uses it."""
 

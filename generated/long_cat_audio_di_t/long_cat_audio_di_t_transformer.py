@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LongCatAudioDiTTransformer (models/transformers/transformer_longcat_audio_dit.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.LongCatAudioDiTTransformer (models/transformers/transformer_longcat_audio_dit.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -230,6 +230,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -593,7 +595,6 @@ class AudioDiTFeedForward(nn.Module):
         return self.ff(hidden_states)
 
 
-@torch._dynamo.allow_in_graph
 class AudioDiTBlock(nn.Module):
     def __init__(
         self,
@@ -745,20 +746,21 @@ class LongCatAudioDiTTransformer(nn.Module):
     ]
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"], "to_kv": ["to_k", "to_v"]}
     _sp_plan = {
-        "shard_attention_mask": {0: SequenceParallelInput(split_dim=-1, split_output=True, auto_pad=True)},
+        "shard_attention_mask": {"input": SequenceParallelInput(split_dim=-1, auto_pad=True)},
         "shard_rope": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
+        "shard_timestep_embed": {"input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True)},
         "shard_hidden_states": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
             )
         },
         "shard_residual": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="residual"
-            )
+            "input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True, shard_group="residual")
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
     }
@@ -878,6 +880,7 @@ class LongCatAudioDiTTransformer(nn.Module):
         if bias:
             torch.nn.init.constant_(self.norm_out.linear.bias, 0)
             torch.nn.init.constant_(self.proj_out.bias, 0)
+        self.shard_timestep_embed = nn.Identity()
         self.shard_attention_mask = nn.Identity()
         self.shard_rope = nn.Identity()
         self.shard_hidden_states = nn.Identity()
@@ -936,6 +939,9 @@ class LongCatAudioDiTTransformer(nn.Module):
         residual = hidden_states.clone() if self.config.long_skip else None
         rope = self.rotary_embed(hidden_states, hidden_states.shape[1])
         cond_rope = self.rotary_embed(encoder_hidden_states, encoder_hidden_states.shape[1])
+        whole_attention_mask = attention_mask
+        if timestep_embed.ndim == 3 and timestep_embed.shape[1] > 1:
+            timestep_embed = self.shard_timestep_embed(timestep_embed)
         if attention_mask is not None:
             attention_mask = self.shard_attention_mask(attention_mask)
         rope = self.shard_rope(rope)
@@ -976,6 +982,7 @@ class LongCatAudioDiTTransformer(nn.Module):
             hidden_states = hidden_states + residual
         hidden_states = self.norm_out(hidden_states, norm_cond)
         hidden_states = self.proj_out(hidden_states)
+        attention_mask = whole_attention_mask
         if attention_mask is not None:
             hidden_states = hidden_states * attention_mask.unsqueeze(-1).to(hidden_states.dtype)
         if not return_dict:

@@ -5,8 +5,11 @@
 from .ltx_video_transformer import LTXVideoTransformer3DModel
 from .pipeline_ltx import LTXPipeline
 from .pipeline_ltx_condition import LTXConditionPipeline
-from .pipeline_ltx_image_to_video import LTXImageToVideoPipeline
-from .pipeline_ltxi2_v_long_multi_prompt import LTXI2VLongMultiPromptPipeline
+from .pipeline_ltx_image_to_video import LTXImageToVideoPipeline, get_ltx_image_to_video_pre_process_func
+from .pipeline_ltxi2_v_long_multi_prompt import (
+    LTXI2VLongMultiPromptPipeline,
+    get_ltxi2_v_long_multi_prompt_pre_process_func,
+)
 
 __all__ = [
     "LTXConditionPipeline",
@@ -14,4 +17,6 @@ __all__ = [
     "LTXImageToVideoPipeline",
     "LTXPipeline",
     "LTXVideoTransformer3DModel",
+    "get_ltx_image_to_video_pre_process_func",
+    "get_ltxi2_v_long_multi_prompt_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTXVideoTransformer3DModel (models/transformers/transformer_ltx.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.LTXVideoTransformer3DModel (models/transformers/transformer_ltx.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -202,6 +202,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -625,7 +627,6 @@ class LTXVideoFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class LTXVideoTransformerBlock(nn.Module):
     r"""
     Transformer block used in [LTX](https://huggingface.co/Lightricks/LTX-Video).
@@ -773,9 +774,12 @@ class LTXVideoTransformer3DModel(nn.Module):
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"], "to_kv": ["to_k", "to_v"]}
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
+        "shard_embedded_timestep": {"input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True)},
         "shard_hidden_states": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
@@ -868,6 +872,7 @@ class LTXVideoTransformer3DModel(nn.Module):
 
         self.norm_out = nn.LayerNorm(inner_dim, eps=1e-6, elementwise_affine=False)
         self.proj_out = nn.Linear(inner_dim, out_channels)
+        self.shard_embedded_timestep = nn.Identity()
         self.shard_image_rotary_emb = nn.Identity()
         self.shard_hidden_states = nn.Identity()
 
@@ -940,6 +945,8 @@ class LTXVideoTransformer3DModel(nn.Module):
 
         encoder_hidden_states = self.caption_projection(encoder_hidden_states)
         encoder_hidden_states = encoder_hidden_states.view(batch_size, -1, hidden_states.size(-1))
+        if embedded_timestep.ndim == 3 and embedded_timestep.shape[1] > 1:
+            embedded_timestep = self.shard_embedded_timestep(embedded_timestep)
         image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
         hidden_states = self.shard_hidden_states(hidden_states)
 

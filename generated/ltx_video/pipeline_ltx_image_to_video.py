@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTXImageToVideoPipeline (pipelines/ltx/pipeline_ltx_image2video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.LTXImageToVideoPipeline (pipelines/ltx/pipeline_ltx_image2video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -241,6 +242,61 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_ltx_image_to_video_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `LTXImageToVideoPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+
+    vae_spatial_compression_ratio = (
+        vae_config.get("patch_size", 4) * 2 ** sum(vae_config.get("spatio_temporal_scaling", (True, True, True, False)))
+        if vae_config.get("spatial_compression_ratio", None) is None
+        else vae_config.get("spatial_compression_ratio", None)
+    )
+
+    video_processor = VideoProcessor(vae_scale_factor=vae_spatial_compression_ratio)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput = None,
+        height: int = 512,
+        width: int = 704,
+        latents: torch.Tensor | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        # 4. Prepare latent variables
+        if latents is None:
+            prepared["image"] = video_processor.preprocess(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = LTXImageToVideoPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class LTXImageToVideoPipeline(
     nn.Module,
     SupportImageInput,
@@ -285,6 +341,7 @@ class LTXImageToVideoPipeline(
         "prompt_attention_mask",
         "negative_prompt_embeds",
         "negative_prompt_attention_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -643,13 +700,14 @@ class LTXImageToVideoPipeline(
 
         return latents, conditioning_mask
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -684,6 +742,9 @@ class LTXImageToVideoPipeline(
         for name in ("image",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -710,6 +771,7 @@ class LTXImageToVideoPipeline(
         decode_noise_scale: float | list[float] | None = None,
         output_type: str | None = "pil",
         max_sequence_length: int = 128,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -759,7 +821,10 @@ class LTXImageToVideoPipeline(
 
         # 4. Prepare latent variables
         if latents is None:
-            image = self.video_processor.preprocess(image, height=height, width=width)
+            if "image" in prepared_media:
+                image = prepared_media["image"]
+            else:
+                image = self.video_processor.preprocess(image, height=height, width=width)
             image = image.to(device=device, dtype=prompt_embeds.dtype)
 
         num_channels_latents = self.transformer.config.in_channels

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTXI2VLongMultiPromptPipeline (pipelines/ltx/pipeline_ltx_i2v_long_multi_prompt.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.LTXI2VLongMultiPromptPipeline (pipelines/ltx/pipeline_ltx_i2v_long_multi_prompt.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
@@ -354,6 +356,59 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def get_ltxi2_v_long_multi_prompt_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `LTXI2VLongMultiPromptPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+
+    vae_spatial_compression_ratio = (
+        vae_config.get("patch_size", 4) * 2 ** sum(vae_config.get("spatio_temporal_scaling", (True, True, True, False)))
+        if vae_config.get("spatial_compression_ratio", None) is None
+        else vae_config.get("spatial_compression_ratio", None)
+    )
+
+    video_processor = VideoProcessor(vae_scale_factor=vae_spatial_compression_ratio)
+
+    def prepare_media(
+        *,
+        height: int = 512,
+        width: int = 704,
+        cond_image: Image.Image | torch.Tensor | None = None,
+        cond_strength: float = 0.5,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        if cond_image is not None and cond_strength > 0:
+            prepared["img"] = video_processor.preprocess(cond_image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = LTXI2VLongMultiPromptPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
 
 
 class LTXI2VLongMultiPromptPipeline(
@@ -848,13 +903,14 @@ class LTXI2VLongMultiPromptPipeline(
             return self.video_processor.postprocess_video(output, output_type=output_type)
         return output
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -903,6 +959,9 @@ class LTXI2VLongMultiPromptPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -939,6 +998,7 @@ class LTXI2VLongMultiPromptPipeline(
         decode_overlap: int = 3,
         output_type: str | None = "latent",
         max_sequence_length: int = 128,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -958,7 +1018,10 @@ class LTXI2VLongMultiPromptPipeline(
         # 2. Optional i2v first frame conditioning: encode cond_image and inject at frame 0 via prepare_latents
         cond_latents = None
         if cond_image is not None and cond_strength > 0:
-            img = self.video_processor.preprocess(cond_image, height=height, width=width)
+            if "img" in prepared_media:
+                img = prepared_media["img"]
+            else:
+                img = self.video_processor.preprocess(cond_image, height=height, width=width)
             img = img.to(device=device, dtype=self.vae.dtype)
             enc = self.vae.encode(img.unsqueeze(2))  # [B, C, 1, h, w]
             cond_latents = enc.latent_dist.mode() if hasattr(enc, "latent_dist") else enc.latents

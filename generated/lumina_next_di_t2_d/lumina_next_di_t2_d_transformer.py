@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LuminaNextDiT2DModel (models/transformers/lumina_nextdit2d.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.LuminaNextDiT2DModel (models/transformers/lumina_nextdit2d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -31,6 +32,10 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
+from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
+from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
 from vllm_omni.platforms import current_omni_platform
 
 
@@ -97,7 +102,53 @@ class MaskedFlashAttention(FlashAttentionImpl):
         return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
-@torch._dynamo.allow_in_graph
+def all_tokens(length: int, *streams: str) -> int:
+    """How many tokens `streams` have on all ranks that share them; this rank has `length` of them."""
+    lengths = [get_sp_shard_original_seq_len(stream) for stream in streams]
+    return length if None in lengths else sum(lengths)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
+    """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    shares = [-(-length // world_size) for length in lengths]
+    order = [
+        start + i if i < length else -1
+        for rank in range(world_size)
+        for start, length, share in zip(starts, lengths, shares)
+        for i in range(rank * share, (rank + 1) * share)
+    ]
+    return torch.tensor(order, device=device)
+
+
+def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: str) -> AttentionMetadata | None:
+    """Metadata of attention over the tokens of `streams`, one after the other.
+
+    Where ranks share the tokens, attention sees those of rank 0 of every stream, then those of rank 1, and so on. `mask`
+    ([B, keys], or [B, heads, queries, keys] with 1 for what is the same) follows them, and nothing attends to padding. It is
+    of all tokens, or of this rank's keys alone.
+    """
+    lengths = tuple(get_sp_shard_original_seq_len(stream) for stream in streams)
+    if None not in lengths:
+        world_size = get_sequence_parallel_world_size()
+        if mask is not None or any(length % world_size for length in lengths):
+            order = sequence_order(lengths, world_size, query.device)
+            padding = order < 0
+            if mask is None:
+                mask = ~padding.expand(query.shape[0], -1)
+            elif mask.shape[-1] != sum(lengths):
+                mask = sp_gather(mask.to(torch.uint8), dim=-1).bool() & ~padding
+            else:
+                queries = mask.shape[-2] == sum(lengths) and mask.ndim > 2
+                mask = mask[..., order.clamp(min=0)]
+                mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
+                mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
+    return AttentionMetadata(attn_mask=mask) if mask is not None else None
+
+
 class LuminaNextDiT2DSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `LuminaAttnProcessor2_0`."""
 
@@ -163,7 +214,6 @@ class LuminaNextDiT2DSelfAttention(nn.Module):
             causal=False,
             role="self",
             impl_overrides={"FLASH_ATTN": MaskedFlashAttention},
-            skip_sequence_parallel=True,
             prefix=f"{prefix}.attn",
         )
 
@@ -218,7 +268,9 @@ class LuminaNextDiT2DSelfAttention(nn.Module):
 
         # Apply proportional attention if true
         if base_sequence_length is not None:
-            softmax_scale = math.sqrt(math.log(sequence_length, base_sequence_length)) * self.scale
+            softmax_scale = (
+                math.sqrt(math.log(all_tokens(sequence_length, "hidden_states"), base_sequence_length)) * self.scale
+            )
         else:
             softmax_scale = self.scale
 
@@ -242,14 +294,13 @@ class LuminaNextDiT2DSelfAttention(nn.Module):
             (query * softmax_scale).transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_metadata=AttentionMetadata(attn_mask=attention_mask) if attention_mask is not None else None,
+            attn_metadata=sequence_metadata((query * softmax_scale).transpose(1, 2), attention_mask, "hidden_states"),
         ).transpose(1, 2)
         hidden_states = hidden_states.transpose(1, 2).to(dtype)
 
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class LuminaNextDiT2DCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `LuminaAttnProcessor2_0`."""
 
@@ -676,6 +727,15 @@ class LuminaNextDiT2DModel(nn.Module):
     _layerwise_offload_blocks_attrs = ["layers"]
     _hsdp_shard_conditions = [lambda name, module: name.startswith(("layers.",)) and name.rpartition(".")[2].isdigit()]
     _cache_dit_adapter_config = CacheDiTAdapterConfig(block_forward_patterns={"layers": ForwardPattern.Pattern_2})
+    _sp_plan = {
+        "shard_image_rotary_emb": {"input": SequenceParallelInput(split_dim=-2, auto_pad=True)},
+        "shard_hidden_states": {
+            0: SequenceParallelInput(
+                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
+            )
+        },
+        "norm_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),
+    }
 
     def __init__(
         self,
@@ -763,6 +823,8 @@ class LuminaNextDiT2DModel(nn.Module):
         # self.final_layer = LuminaFinalLayer(hidden_size, patch_size, self.out_channels)
 
         assert (hidden_size // num_attention_heads) % 4 == 0, "2d rope needs head dim to be divisible by 4"
+        self.shard_image_rotary_emb = nn.Identity()
+        self.shard_hidden_states = nn.Identity()
 
     def forward(
         self,
@@ -803,6 +865,8 @@ class LuminaNextDiT2DModel(nn.Module):
         temb = self.time_caption_embed(timestep, encoder_hidden_states, encoder_mask)
 
         encoder_mask = encoder_mask.bool()
+        image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
+        hidden_states = self.shard_hidden_states(hidden_states)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,

@@ -4,10 +4,14 @@
 
 from .motif_video_transformer import MotifVideoTransformer3DModel
 from .pipeline_motif_video import MotifVideoPipeline
-from .pipeline_motif_video_image2_video import MotifVideoImage2VideoPipeline
+from .pipeline_motif_video_image2_video import (
+    MotifVideoImage2VideoPipeline,
+    get_motif_video_image2_video_pre_process_func,
+)
 
 __all__ = [
     "MotifVideoImage2VideoPipeline",
     "MotifVideoPipeline",
     "MotifVideoTransformer3DModel",
+    "get_motif_video_image2_video_pre_process_func",
 ]

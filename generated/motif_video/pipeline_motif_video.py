@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.MotifVideoPipeline (pipelines/motif_video/pipeline_motif_video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.MotifVideoPipeline (pipelines/motif_video/pipeline_motif_video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -701,12 +701,14 @@ class MotifVideoPipeline(
             device=latents.device,
             dtype=latents.dtype,
         )
+        guider = self.guider
         return (
             {
                 "latents": latents,
                 "timesteps": timesteps,
                 "latent_condition": latent_condition,
                 "latent_mask": latent_mask,
+                "guider": guider,
                 "prompt_embeds": prompt_embeds,
                 "prompt_attention_mask": prompt_attention_mask,
                 "negative_prompt_embeds": negative_prompt_embeds,
@@ -725,6 +727,7 @@ class MotifVideoPipeline(
         latent_condition,
         latent_mask,
         t,
+        guider,
         prompt_embeds,
         prompt_attention_mask,
         negative_prompt_embeds,
@@ -740,7 +743,7 @@ class MotifVideoPipeline(
         timestep = t.expand(latents.shape[0])
 
         # Guider: collect model inputs
-        if self.guider.num_conditions == 1:
+        if guider.num_conditions == 1:
             guider_inputs = {
                 "encoder_hidden_states": (prompt_embeds,),
                 "encoder_attention_mask": (prompt_attention_mask,),
@@ -754,14 +757,15 @@ class MotifVideoPipeline(
                 ),
             }
 
-        self.guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
-        guider_state = self.guider.prepare_inputs(guider_inputs)
+        guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
+        guider_state = guider.prepare_inputs(guider_inputs)
 
         branches_kwargs = []
         for branch, guider_state_batch in enumerate(guider_state):
             cond_kwargs = {input_name: getattr(guider_state_batch, input_name) for input_name in guider_inputs.keys()}
             branches_kwargs.append(
                 {
+                    "guider": guider,
                     "branch": branch,
                     "hidden_states": hidden_states,
                     "timestep": timestep,
@@ -774,16 +778,16 @@ class MotifVideoPipeline(
         for guider_state_batch, noise_pred in zip(guider_state, predictions):
             guider_state_batch.noise_pred = noise_pred
 
-        noise_pred = self.guider(guider_state)[0]
+        noise_pred = guider(guider_state)[0]
         return noise_pred
 
-    def predict_noise(self, branch, **kwargs):
+    def predict_noise(self, guider, branch, **kwargs):
         """The prediction of one guidance branch."""
         # The guider counts the branches that it prepared; another rank may run those before this one.
-        self.guider._count_prepared = branch
-        self.guider.prepare_models(self.transformer)
+        guider._count_prepared = branch
+        guider.prepare_models(self.transformer)
         noise_pred = self.transformer(**kwargs)[0].clone()
-        self.guider.cleanup_models(self.transformer)
+        guider.cleanup_models(self.transformer)
         return noise_pred
 
     def combine_multi_branch_cfg_noise(self, predictions, true_cfg_scale, cfg_normalize=False):
@@ -796,6 +800,7 @@ class MotifVideoPipeline(
         timesteps,
         latent_condition,
         latent_mask,
+        guider,
         prompt_embeds,
         prompt_attention_mask,
         negative_prompt_embeds,
@@ -810,6 +815,7 @@ class MotifVideoPipeline(
                     latent_condition=latent_condition,
                     latent_mask=latent_mask,
                     t=t,
+                    guider=guider,
                     prompt_embeds=prompt_embeds,
                     prompt_attention_mask=prompt_attention_mask,
                     negative_prompt_embeds=negative_prompt_embeds,
@@ -924,7 +930,7 @@ class MotifVideoPipeline(
         return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
-        """Step execution: encode one request and give it a scheduler of its own."""
+        """Step execution: encode one request and give it a scheduler and a guider of its own."""
         inputs, state.extra["decode"] = self.prepare_generation(
             **self.request_arguments(
                 state.prompt, state.sampling, OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
@@ -934,6 +940,7 @@ class MotifVideoPipeline(
         state.timesteps = inputs.pop("timesteps")
         state.step_index = 0
         state.scheduler = copy.deepcopy(self.scheduler)
+        inputs["guider"] = copy.deepcopy(inputs["guider"])
         state.extra["denoise"] = inputs
         return state
 
@@ -950,6 +957,7 @@ class MotifVideoPipeline(
                     latent_condition=inputs["latent_condition"],
                     latent_mask=inputs["latent_mask"],
                     t=state.current_timestep,
+                    guider=inputs["guider"],
                     prompt_embeds=inputs["prompt_embeds"],
                     prompt_attention_mask=inputs["prompt_attention_mask"],
                     negative_prompt_embeds=inputs["negative_prompt_embeds"],

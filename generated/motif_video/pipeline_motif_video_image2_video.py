@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.MotifVideoImage2VideoPipeline (pipelines/motif_video/pipeline_motif_video_image2video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.MotifVideoImage2VideoPipeline (pipelines/motif_video/pipeline_motif_video_image2video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, List, Optional, Tuple, Union
 
 import numpy as np
@@ -199,6 +200,58 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_motif_video_image2_video_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `MotifVideoImage2VideoPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = vae_config.get("scale_factor_spatial", 8)
+
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput,
+        height: int = 736,
+        width: int = 1280,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        # 3. Preprocess image
+        # preprocess_video expects a list of video frames
+        if not isinstance(image, list):
+            image = [image]
+
+        prepared["video"] = video_processor.preprocess_video(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = MotifVideoImage2VideoPipeline.request_arguments(
+                prompt, request.sampling_params, request.is_dummy_run()
+            )
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class MotifVideoImage2VideoPipeline(
     nn.Module,
     SupportImageInput,
@@ -243,6 +296,7 @@ class MotifVideoImage2VideoPipeline(
         "prompt_attention_mask",
         "negative_prompt_embeds",
         "negative_prompt_attention_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -667,13 +721,14 @@ class MotifVideoImage2VideoPipeline(
             latents = latents.to(device=device, dtype=dtype)
         return latents
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -703,6 +758,9 @@ class MotifVideoImage2VideoPipeline(
         for name in ("image",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -724,6 +782,7 @@ class MotifVideoImage2VideoPipeline(
         negative_prompt_attention_mask: Optional[torch.Tensor] = None,
         output_type: Optional[str] = "pil",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -756,7 +815,10 @@ class MotifVideoImage2VideoPipeline(
         if not isinstance(image, list):
             image = [image]
 
-        video = self.video_processor.preprocess_video(image, height=height, width=width)
+        if "video" in prepared_media:
+            video = prepared_media["video"]
+        else:
+            video = self.video_processor.preprocess_video(image, height=height, width=width)
         # preprocess_video returns (B, C, T, H, W), permute to (B, T, C, H, W)
         video = video.permute(0, 2, 1, 3, 4)
         video = video.to(device=device, dtype=self.dtype)
@@ -834,12 +896,14 @@ class MotifVideoImage2VideoPipeline(
             sigmas=sigmas,
             mu=mu,
         )
+        guider = self.guider
         return (
             {
                 "latents": latents,
                 "timesteps": timesteps,
                 "latent_condition": latent_condition,
                 "latent_mask": latent_mask,
+                "guider": guider,
                 "prompt_embeds": prompt_embeds,
                 "prompt_attention_mask": prompt_attention_mask,
                 "negative_prompt_embeds": negative_prompt_embeds,
@@ -858,6 +922,7 @@ class MotifVideoImage2VideoPipeline(
         latent_condition,
         latent_mask,
         t,
+        guider,
         prompt_embeds,
         prompt_attention_mask,
         negative_prompt_embeds,
@@ -873,7 +938,7 @@ class MotifVideoImage2VideoPipeline(
 
         timestep = t.expand(latents.shape[0])
 
-        if self.guider.num_conditions == 1:
+        if guider.num_conditions == 1:
             guider_inputs = {
                 "encoder_hidden_states": (prompt_embeds,),
                 "encoder_attention_mask": (prompt_attention_mask,),
@@ -884,14 +949,15 @@ class MotifVideoImage2VideoPipeline(
                 "encoder_attention_mask": (prompt_attention_mask, negative_prompt_attention_mask),
             }
 
-        self.guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
-        guider_state = self.guider.prepare_inputs(guider_inputs)
+        guider.set_state(step=i, num_inference_steps=num_inference_steps, timestep=t)
+        guider_state = guider.prepare_inputs(guider_inputs)
 
         branches_kwargs = []
         for branch, guider_state_batch in enumerate(guider_state):
             cond_kwargs = {input_name: getattr(guider_state_batch, input_name) for input_name in guider_inputs.keys()}
             branches_kwargs.append(
                 {
+                    "guider": guider,
                     "branch": branch,
                     "hidden_states": hidden_states,
                     "timestep": timestep,
@@ -905,16 +971,16 @@ class MotifVideoImage2VideoPipeline(
         for guider_state_batch, noise_pred in zip(guider_state, predictions):
             guider_state_batch.noise_pred = noise_pred
 
-        noise_pred = self.guider(guider_state)[0]
+        noise_pred = guider(guider_state)[0]
         return noise_pred
 
-    def predict_noise(self, branch, **kwargs):
+    def predict_noise(self, guider, branch, **kwargs):
         """The prediction of one guidance branch."""
         # The guider counts the branches that it prepared; another rank may run those before this one.
-        self.guider._count_prepared = branch
-        self.guider.prepare_models(self.transformer)
+        guider._count_prepared = branch
+        guider.prepare_models(self.transformer)
         noise_pred = self.transformer(**kwargs)[0].clone()
-        self.guider.cleanup_models(self.transformer)
+        guider.cleanup_models(self.transformer)
         return noise_pred
 
     def combine_multi_branch_cfg_noise(self, predictions, true_cfg_scale, cfg_normalize=False):
@@ -927,6 +993,7 @@ class MotifVideoImage2VideoPipeline(
         timesteps,
         latent_condition,
         latent_mask,
+        guider,
         prompt_embeds,
         prompt_attention_mask,
         negative_prompt_embeds,
@@ -942,6 +1009,7 @@ class MotifVideoImage2VideoPipeline(
                     latent_condition=latent_condition,
                     latent_mask=latent_mask,
                     t=t,
+                    guider=guider,
                     prompt_embeds=prompt_embeds,
                     prompt_attention_mask=prompt_attention_mask,
                     negative_prompt_embeds=negative_prompt_embeds,
@@ -1047,7 +1115,7 @@ class MotifVideoImage2VideoPipeline(
         return joined
 
     def prepare_encode(self, state: StepRequestState, **kwargs: Any) -> StepRequestState:
-        """Step execution: encode one request and give it a scheduler of its own."""
+        """Step execution: encode one request and give it a scheduler and a guider of its own."""
         inputs, state.extra["decode"] = self.prepare_generation(
             **self.request_arguments(
                 state.prompt, state.sampling, OmniDiffusionRequest.is_dummy_run_request_id(state.request_id)
@@ -1057,6 +1125,7 @@ class MotifVideoImage2VideoPipeline(
         state.timesteps = inputs.pop("timesteps")
         state.step_index = 0
         state.scheduler = copy.deepcopy(self.scheduler)
+        inputs["guider"] = copy.deepcopy(inputs["guider"])
         state.extra["denoise"] = inputs
         return state
 
@@ -1073,6 +1142,7 @@ class MotifVideoImage2VideoPipeline(
                     latent_condition=inputs["latent_condition"],
                     latent_mask=inputs["latent_mask"],
                     t=state.current_timestep,
+                    guider=inputs["guider"],
                     prompt_embeds=inputs["prompt_embeds"],
                     prompt_attention_mask=inputs["prompt_attention_mask"],
                     negative_prompt_embeds=inputs["negative_prompt_embeds"],

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.NucleusMoEImageTransformer2DModel (models/transformers/transformer_nucleusmoe_image.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.NucleusMoEImageTransformer2DModel (models/transformers/transformer_nucleusmoe_image.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -350,7 +350,6 @@ class NucleusMoETimestepProjEmbeddings(nn.Module):
         return self.norm(timesteps_emb)
 
 
-@torch._dynamo.allow_in_graph
 class NucleusMoEImageAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `NucleusMoEAttnProcessor2_0`."""
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.OmniGenTransformer2DModel (models/transformers/transformer_omnigen.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.OmniGenTransformer2DModel (models/transformers/transformer_omnigen.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.distributed.utils import get_local_device
@@ -140,6 +140,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -277,7 +279,6 @@ class OmniGenSuScaledRotaryEmbedding(nn.Module):
         return cos, sin
 
 
-@torch._dynamo.allow_in_graph
 class OmniGenAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `OmniGenAttnProcessor2_0`."""
 
@@ -508,8 +509,10 @@ class OmniGenTransformer2DModel(nn.Module):
     packed_modules_mapping = {"to_kv": ["to_k", "to_v"]}
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
         "shard_hidden_states": {
             0: SequenceParallelInput(
@@ -613,6 +616,11 @@ class OmniGenTransformer2DModel(nn.Module):
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels, bias=True)
         self.shard_image_rotary_emb = nn.Identity()
         self.shard_hidden_states = nn.Identity()
+        # Buffers of a checkpoint have the model's dtype, however they were computed.
+        names = self.state_dict().keys()
+        for name, buffer in self.named_buffers():
+            if name in names and buffer.is_floating_point():
+                buffer.data = buffer.data.to(torch.get_default_dtype())
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.PixArtTransformer2DModel (models/transformers/pixart_transformer_2d.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.PixArtTransformer2DModel (models/transformers/pixart_transformer_2d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -158,10 +158,11 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
-@torch._dynamo.allow_in_graph
 class PixArtSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -261,7 +262,6 @@ class PixArtSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class PixArtCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -555,7 +555,6 @@ class PixArtFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class PixArtSelfAttention2(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -600,7 +599,6 @@ class PixArtFeedForward2(nn.Module):
         self.net.append(nn.Linear(inner_dim, dim, bias=True))
 
 
-@torch._dynamo.allow_in_graph
 class PixArtGatedSelfAttentionDense(nn.Module):
     """`GatedSelfAttentionDense` of Diffusers as this model uses it."""
 
@@ -628,7 +626,6 @@ class PixArtGatedSelfAttentionDense(nn.Module):
         self.register_parameter("alpha_dense", nn.Parameter(torch.tensor(0.0)))
 
 
-@torch._dynamo.allow_in_graph
 class PixArtBasicTransformerBlock(nn.Module):
     """`BasicTransformerBlock` of Diffusers as this model uses it."""
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.PriorTransformer (models/transformers/prior_transformer.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.PriorTransformer (models/transformers/prior_transformer.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -114,6 +114,12 @@ class MaskedFlashAttention(FlashAttentionImpl):
         return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
+def all_tokens(length: int, *streams: str) -> int:
+    """How many tokens `streams` have on all ranks that share them; this rank has `length` of them."""
+    lengths = [get_sp_shard_original_seq_len(stream) for stream in streams]
+    return length if None in lengths else sum(lengths)
+
+
 @functools.lru_cache(maxsize=32)
 def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
     """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
@@ -150,10 +156,11 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
-@torch._dynamo.allow_in_graph
 class PriorAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `AttnProcessor2_0`."""
 
@@ -219,12 +226,12 @@ class PriorAttention(nn.Module):
             head_size = self.heads
 
             current_length: int = attention_mask.shape[-1]
-            if current_length != sequence_length:
+            if current_length != all_tokens(sequence_length, "hidden_states"):
                 # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
                 #       we want to instead pad by (0, remaining_length), where remaining_length is:
                 #       remaining_length: int = target_length - current_length
                 # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
+                attention_mask = F.pad(attention_mask, (0, all_tokens(sequence_length, "hidden_states")), value=0.0)
 
             if attention_mask.shape[0] < batch_size * head_size:
                 attention_mask = attention_mask.repeat_interleave(
@@ -323,7 +330,6 @@ class PriorFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class PriorBasicTransformerBlock(nn.Module):
     """`BasicTransformerBlock` of Diffusers as this model uses it."""
 
@@ -678,8 +684,6 @@ class PriorTransformer(nn.Module):
 
         if self.norm_in is not None:
             hidden_states = self.norm_in(hidden_states)
-        if attention_mask is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
-            raise NotImplementedError("`attention_mask` can not be divided between the ranks of sequence parallelism")
         hidden_states = self.shard_hidden_states(hidden_states)
 
         for block in self.transformer_blocks:

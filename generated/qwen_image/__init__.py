@@ -3,20 +3,46 @@
 """Ports of the qwen_image family."""
 
 from .pipeline_qwen_image import QwenImagePipeline, get_qwen_image_post_process_func
-from .pipeline_qwen_image_control_net import QwenImageControlNetPipeline, get_qwen_image_control_net_post_process_func
+from .pipeline_qwen_image_control_net import (
+    QwenImageControlNetPipeline,
+    get_qwen_image_control_net_post_process_func,
+    get_qwen_image_control_net_pre_process_func,
+)
 from .pipeline_qwen_image_control_net_inpaint import (
     QwenImageControlNetInpaintPipeline,
     get_qwen_image_control_net_inpaint_post_process_func,
+    get_qwen_image_control_net_inpaint_pre_process_func,
 )
-from .pipeline_qwen_image_edit import QwenImageEditPipeline, get_qwen_image_edit_post_process_func
+from .pipeline_qwen_image_edit import (
+    QwenImageEditPipeline,
+    get_qwen_image_edit_post_process_func,
+    get_qwen_image_edit_pre_process_func,
+)
 from .pipeline_qwen_image_edit_inpaint import (
     QwenImageEditInpaintPipeline,
     get_qwen_image_edit_inpaint_post_process_func,
+    get_qwen_image_edit_inpaint_pre_process_func,
 )
-from .pipeline_qwen_image_edit_plus import QwenImageEditPlusPipeline, get_qwen_image_edit_plus_post_process_func
-from .pipeline_qwen_image_img2_img import QwenImageImg2ImgPipeline, get_qwen_image_img2_img_post_process_func
-from .pipeline_qwen_image_inpaint import QwenImageInpaintPipeline, get_qwen_image_inpaint_post_process_func
-from .pipeline_qwen_image_layered import QwenImageLayeredPipeline, get_qwen_image_layered_post_process_func
+from .pipeline_qwen_image_edit_plus import (
+    QwenImageEditPlusPipeline,
+    get_qwen_image_edit_plus_post_process_func,
+    get_qwen_image_edit_plus_pre_process_func,
+)
+from .pipeline_qwen_image_img2_img import (
+    QwenImageImg2ImgPipeline,
+    get_qwen_image_img2_img_post_process_func,
+    get_qwen_image_img2_img_pre_process_func,
+)
+from .pipeline_qwen_image_inpaint import (
+    QwenImageInpaintPipeline,
+    get_qwen_image_inpaint_post_process_func,
+    get_qwen_image_inpaint_pre_process_func,
+)
+from .pipeline_qwen_image_layered import (
+    QwenImageLayeredPipeline,
+    get_qwen_image_layered_post_process_func,
+    get_qwen_image_layered_pre_process_func,
+)
 from .qwen_image_transformer import QwenImageTransformer2DModel
 
 __all__ = [
@@ -31,12 +57,20 @@ __all__ = [
     "QwenImagePipeline",
     "QwenImageTransformer2DModel",
     "get_qwen_image_control_net_inpaint_post_process_func",
+    "get_qwen_image_control_net_inpaint_pre_process_func",
     "get_qwen_image_control_net_post_process_func",
+    "get_qwen_image_control_net_pre_process_func",
     "get_qwen_image_edit_inpaint_post_process_func",
+    "get_qwen_image_edit_inpaint_pre_process_func",
     "get_qwen_image_edit_plus_post_process_func",
+    "get_qwen_image_edit_plus_pre_process_func",
     "get_qwen_image_edit_post_process_func",
+    "get_qwen_image_edit_pre_process_func",
     "get_qwen_image_img2_img_post_process_func",
+    "get_qwen_image_img2_img_pre_process_func",
     "get_qwen_image_inpaint_post_process_func",
+    "get_qwen_image_inpaint_pre_process_func",
     "get_qwen_image_layered_post_process_func",
+    "get_qwen_image_layered_pre_process_func",
     "get_qwen_image_post_process_func",
 ]

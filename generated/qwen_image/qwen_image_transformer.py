@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -201,6 +201,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -486,7 +488,6 @@ class QwenTimestepProjEmbeddings(nn.Module):
         return conditioning
 
 
-@torch._dynamo.allow_in_graph
 class QwenImageAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `QwenDoubleStreamAttnProcessor2_0`."""
 
@@ -691,7 +692,6 @@ class QwenImageFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class QwenImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -895,13 +895,15 @@ class QwenImageTransformer2DModel(nn.Module):
     }
     _sp_plan = {
         "shard_image_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
-        "shard_modulate_index": {0: SequenceParallelInput(split_dim=-1, split_output=True, auto_pad=True)},
+        "shard_modulate_index": {"input": SequenceParallelInput(split_dim=-1, auto_pad=True)},
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "shard_hidden_states": {
@@ -910,8 +912,8 @@ class QwenImageTransformer2DModel(nn.Module):
             )
         },
         "shard_encoder_hidden_states_mask": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=2, split_output=True, auto_pad=True, shard_group="encoder_hidden_states_mask"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=2, auto_pad=True, shard_group="encoder_hidden_states_mask"
             )
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="hidden_states"),

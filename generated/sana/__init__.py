@@ -3,9 +3,17 @@
 """Ports of the sana family."""
 
 from .pipeline_sana import SanaPipeline, get_sana_post_process_func
-from .pipeline_sana_control_net import SanaControlNetPipeline, get_sana_control_net_post_process_func
+from .pipeline_sana_control_net import (
+    SanaControlNetPipeline,
+    get_sana_control_net_post_process_func,
+    get_sana_control_net_pre_process_func,
+)
 from .pipeline_sana_sprint import SanaSprintPipeline, get_sana_sprint_post_process_func
-from .pipeline_sana_sprint_img2_img import SanaSprintImg2ImgPipeline, get_sana_sprint_img2_img_post_process_func
+from .pipeline_sana_sprint_img2_img import (
+    SanaSprintImg2ImgPipeline,
+    get_sana_sprint_img2_img_post_process_func,
+    get_sana_sprint_img2_img_pre_process_func,
+)
 from .sana_transformer import SanaTransformer2DModel
 
 __all__ = [
@@ -15,7 +23,9 @@ __all__ = [
     "SanaSprintPipeline",
     "SanaTransformer2DModel",
     "get_sana_control_net_post_process_func",
+    "get_sana_control_net_pre_process_func",
     "get_sana_post_process_func",
     "get_sana_sprint_img2_img_post_process_func",
+    "get_sana_sprint_img2_img_pre_process_func",
     "get_sana_sprint_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SanaSprintImg2ImgPipeline (pipelines/sana/pipeline_sana_sprint_img2img.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.SanaSprintImg2ImgPipeline (pipelines/sana/pipeline_sana_sprint_img2img.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import re
 import urllib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,6 +38,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -182,6 +184,68 @@ def join_rows(values: Sequence[Any]) -> Any:
     return agreed(values)
 
 
+def get_sana_sprint_img2_img_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `SanaSprintImg2ImgPipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    transformer_config = read_json(od_config, "transformer/config.json")
+
+    vae_scale_factor = 2 ** (len(vae_config.get("encoder_block_out_channels", (128, 256, 512, 512, 1024, 1024))) - 1)
+    image_processor = PixArtImageProcessor(vae_scale_factor=vae_scale_factor)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput = None,
+        height: int = 1024,
+        width: int = 1024,
+        use_resolution_binning: bool = True,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        if use_resolution_binning:
+            if transformer_config.get("sample_size", 32) == 32:
+                aspect_ratio_bin = ASPECT_RATIO_1024_BIN
+            height, width = image_processor.classify_height_width_bin(height, width, ratios=aspect_ratio_bin)
+        image_2 = image
+        if isinstance(image_2, torch.Tensor):
+            if image_2.ndim == 3:
+                image_2 = image_2.unsqueeze(0)
+            # Resize if current dimensions do not match target dimensions.
+            if image_2.shape[2] != height or image_2.shape[3] != width:
+                image_2 = F.interpolate(image_2, size=(height, width), mode="bilinear", align_corners=False)
+
+            image_2 = image_processor.preprocess(image_2, height=height, width=width)
+
+        else:
+            image_2 = image_processor.preprocess(image_2, height=height, width=width)
+        prepared["image"] = image_2
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = SanaSprintImg2ImgPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_sana_sprint_img2_img_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `SanaSprintImg2ImgPipeline`; it runs in the engine process, where no model is loaded."""
     processor = PixArtImageProcessor()
@@ -233,6 +297,7 @@ class SanaSprintImg2ImgPipeline(
         "latents",
         "prompt_embeds",
         "prompt_attention_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -636,8 +701,10 @@ class SanaSprintImg2ImgPipeline(
         height: int,
         device: torch.device,
         dtype: torch.dtype,
-    ):
-        if isinstance(image, torch.Tensor):
+    prepared_media: Mapping[str, Any] = MappingProxyType({})):
+        if "image" in prepared_media:
+            image = prepared_media["image"]
+        elif isinstance(image, torch.Tensor):
             if image.ndim == 3:
                 image = image.unsqueeze(0)
             # Resize if current dimensions do not match target dimensions.
@@ -693,13 +760,14 @@ class SanaSprintImg2ImgPipeline(
         latents = torch.cos(timestep) * image_latents + torch.sin(timestep) * noise
         return latents
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -727,6 +795,9 @@ class SanaSprintImg2ImgPipeline(
         for name in ("max_timesteps", "intermediate_timesteps", "clean_caption", "use_resolution_binning", "complex_human_instruction", ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -761,6 +832,7 @@ class SanaSprintImg2ImgPipeline(
         "Please generate only the enhanced description for the prompt below and avoid including any additional commentary or evaluations:",
         "User Prompt: ",
     ],
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -799,7 +871,7 @@ class SanaSprintImg2ImgPipeline(
         device = self.device
 
         # 2. Preprocess image
-        init_image = self.prepare_image(image, width, height, device, self.vae.dtype)
+        init_image = self.prepare_image(image, width, height, device, self.vae.dtype, prepared_media=prepared_media)
 
         # 3. Encode input prompt
         (

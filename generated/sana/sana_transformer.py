@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SanaTransformer2DModel (models/transformers/sana_transformer.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.SanaTransformer2DModel (models/transformers/sana_transformer.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -212,7 +212,6 @@ class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
         return self.linear(self.silu(conditioning)), conditioning
 
 
-@torch._dynamo.allow_in_graph
 class SanaSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `SanaLinearAttnProcessor2_0`."""
 
@@ -307,7 +306,6 @@ class SanaSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class SanaCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `SanaAttnProcessor2_0`."""
 

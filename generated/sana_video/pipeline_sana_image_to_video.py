@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SanaImageToVideoPipeline (pipelines/sana_video/pipeline_sana_video_i2v.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.SanaImageToVideoPipeline (pipelines/sana_video/pipeline_sana_video_i2v.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import re
 import urllib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -51,6 +52,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -214,6 +216,68 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_sana_image_to_video_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `SanaImageToVideoPipeline`: what its media need before a model; it runs in the engine process."""
+    model_index = read_json(od_config, "model_index.json")
+    vae_config = read_json(od_config, "vae/config.json")
+    transformer_config = read_json(od_config, "transformer/config.json")
+
+    if model_index["vae"][1] == "AutoencoderKLLTX2Video":
+        vae_scale_factor_temporal = vae_config["temporal_compression_ratio"]
+        vae_scale_factor_spatial = vae_config["spatial_compression_ratio"]
+    elif model_index["vae"][1] in ("AutoencoderDC", "AutoencoderKLWan"):
+        vae_scale_factor_temporal = vae_config["scale_factor_temporal"]
+        vae_scale_factor_spatial = vae_config["scale_factor_spatial"]
+    else:
+        vae_scale_factor_temporal = 4
+        vae_scale_factor_spatial = 8
+
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput,
+        height: int = 480,
+        width: int = 832,
+        use_resolution_binning: bool = True,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        if use_resolution_binning:
+            if transformer_config.get("sample_size", 30) == 30:
+                aspect_ratio_bin = ASPECT_RATIO_480_BIN
+            elif transformer_config.get("sample_size", 30) == 22:
+                aspect_ratio_bin = ASPECT_RATIO_720_BIN
+            height, width = video_processor.classify_height_width_bin(height, width, ratios=aspect_ratio_bin)
+        prepared["image"] = video_processor.preprocess(image, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = SanaImageToVideoPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class SanaImageToVideoPipeline(
     nn.Module,
     SupportImageInput,
@@ -255,6 +319,7 @@ class SanaImageToVideoPipeline(
         "prompt_attention_mask",
         "negative_prompt_embeds",
         "negative_prompt_attention_mask",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -776,13 +841,14 @@ class SanaImageToVideoPipeline(
 
         return latents
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -810,6 +876,9 @@ class SanaImageToVideoPipeline(
         for name in ("frames", "clean_caption", "use_resolution_binning", "complex_human_instruction", ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -846,6 +915,7 @@ class SanaImageToVideoPipeline(
         "Please generate only the enhanced description for the prompt below and avoid including any additional commentary or evaluations:",
         "User Prompt: ",
     ],
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -916,7 +986,11 @@ class SanaImageToVideoPipeline(
 
         # 5. Prepare latents.
         latent_channels = self.transformer.config.in_channels
-        image = self.video_processor.preprocess(image, height=height, width=width).to(device, dtype=torch.float32)
+        if "image" in prepared_media:
+            image = prepared_media["image"]
+        else:
+            image = self.video_processor.preprocess(image, height=height, width=width)
+        image = image.to(device, dtype=torch.float32)
 
         latents = self.prepare_latents(
             image,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SanaVideoTransformer3DModel (models/transformers/transformer_sana_video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.SanaVideoTransformer3DModel (models/transformers/transformer_sana_video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -276,7 +276,6 @@ class SanaCombinedTimestepGuidanceEmbeddings(nn.Module):
         return self.linear(self.silu(conditioning)), conditioning
 
 
-@torch._dynamo.allow_in_graph
 class SanaVideoSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `SanaLinearAttnProcessor3_0`."""
 
@@ -390,7 +389,6 @@ class SanaVideoSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class SanaVideoCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `SanaAttnProcessor2_0`."""
 

@@ -6,18 +6,22 @@ from .pipeline_stable_diffusion3 import StableDiffusion3Pipeline, get_stable_dif
 from .pipeline_stable_diffusion3_control_net import (
     StableDiffusion3ControlNetPipeline,
     get_stable_diffusion3_control_net_post_process_func,
+    get_stable_diffusion3_control_net_pre_process_func,
 )
 from .pipeline_stable_diffusion3_control_net_inpainting import (
     StableDiffusion3ControlNetInpaintingPipeline,
     get_stable_diffusion3_control_net_inpainting_post_process_func,
+    get_stable_diffusion3_control_net_inpainting_pre_process_func,
 )
 from .pipeline_stable_diffusion3_img2_img import (
     StableDiffusion3Img2ImgPipeline,
     get_stable_diffusion3_img2_img_post_process_func,
+    get_stable_diffusion3_img2_img_pre_process_func,
 )
 from .pipeline_stable_diffusion3_inpaint import (
     StableDiffusion3InpaintPipeline,
     get_stable_diffusion3_inpaint_post_process_func,
+    get_stable_diffusion3_inpaint_pre_process_func,
 )
 from .sd3_transformer import SD3Transformer2DModel
 
@@ -29,8 +33,12 @@ __all__ = [
     "StableDiffusion3InpaintPipeline",
     "StableDiffusion3Pipeline",
     "get_stable_diffusion3_control_net_inpainting_post_process_func",
+    "get_stable_diffusion3_control_net_inpainting_pre_process_func",
     "get_stable_diffusion3_control_net_post_process_func",
+    "get_stable_diffusion3_control_net_pre_process_func",
     "get_stable_diffusion3_img2_img_post_process_func",
+    "get_stable_diffusion3_img2_img_pre_process_func",
     "get_stable_diffusion3_inpaint_post_process_func",
+    "get_stable_diffusion3_inpaint_pre_process_func",
     "get_stable_diffusion3_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableDiffusion3ControlNetInpaintingPipeline (pipelines/controlnet_sd3/pipeline_stable_diffusion_3_controlnet_inpainting.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.StableDiffusion3ControlNetInpaintingPipeline (pipelines/controlnet_sd3/pipeline_stable_diffusion_3_controlnet_inpainting.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -182,6 +184,73 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_stable_diffusion3_control_net_inpainting_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `StableDiffusion3ControlNetInpaintingPipeline`: what its media need before a model; it runs in the engine process."""
+    model_index = read_json(od_config, "model_index.json")
+    transformer_config = read_json(od_config, "transformer/config.json")
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    image_processor = VaeImageProcessor(
+        vae_scale_factor=vae_scale_factor, do_resize=True, do_convert_rgb=True, do_normalize=True
+    )
+    mask_processor = VaeImageProcessor(
+        vae_scale_factor=vae_scale_factor,
+        do_resize=True,
+        do_convert_grayscale=True,
+        do_normalize=False,
+        do_binarize=True,
+    )
+    default_sample_size = transformer_config.get("sample_size", 128)
+
+    def prepare_media(
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        control_image: PipelineImageInput = None,
+        control_mask: PipelineImageInput = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or default_sample_size * vae_scale_factor
+        width = width or default_sample_size * vae_scale_factor
+
+        # 3. Prepare control image
+        if model_index["controlnet"][1] == "SD3ControlNetModel":
+            if not isinstance(control_image, torch.Tensor):
+                prepared["control_image"] = image_processor.preprocess(control_image, height=height, width=width)
+
+            # Prepare mask
+            if not isinstance(control_mask, torch.Tensor):
+                prepared["control_mask"] = mask_processor.preprocess(control_mask, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = StableDiffusion3ControlNetInpaintingPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_stable_diffusion3_control_net_inpainting_post_process_func(
     od_config: OmniDiffusionConfig,
 ) -> Callable[..., Any]:
@@ -263,6 +332,7 @@ class StableDiffusion3ControlNetInpaintingPipeline(
         "negative_prompt_embeds",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -836,8 +906,11 @@ class StableDiffusion3ControlNetInpaintingPipeline(
         device,
         dtype,
         do_classifier_free_guidance=False,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ):
-        if isinstance(image, torch.Tensor):
+        if "control_image" in prepared_media:
+            image = prepared_media["control_image"]
+        elif isinstance(image, torch.Tensor):
             pass
         else:
             image = self.image_processor.preprocess(image, height=height, width=width)
@@ -856,7 +929,9 @@ class StableDiffusion3ControlNetInpaintingPipeline(
         image = image.to(device=device, dtype=dtype)
 
         # Prepare mask
-        if isinstance(mask, torch.Tensor):
+        if "control_mask" in prepared_media:
+            mask = prepared_media["control_mask"]
+        elif isinstance(mask, torch.Tensor):
             pass
         else:
             mask = self.mask_processor.preprocess(mask, height=height, width=width)
@@ -881,11 +956,12 @@ class StableDiffusion3ControlNetInpaintingPipeline(
 
         return control_image
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -937,6 +1013,9 @@ class StableDiffusion3ControlNetInpaintingPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -968,6 +1047,7 @@ class StableDiffusion3ControlNetInpaintingPipeline(
         output_type: str | None = "pil",
         clip_skip: int | None = None,
         max_sequence_length: int = 256,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -1058,6 +1138,7 @@ class StableDiffusion3ControlNetInpaintingPipeline(
                 device=device,
                 dtype=dtype,
                 do_classifier_free_guidance=do_classifier_free_guidance,
+                prepared_media=prepared_media,
             )
             latent_height, latent_width = control_image.shape[-2:]
 

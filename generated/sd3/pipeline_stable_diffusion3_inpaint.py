@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableDiffusion3InpaintPipeline (pipelines/stable_diffusion_3/pipeline_stable_diffusion_3_inpaint.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.StableDiffusion3InpaintPipeline (pipelines/stable_diffusion_3/pipeline_stable_diffusion_3_inpaint.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,6 +33,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -208,6 +210,80 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_stable_diffusion3_inpaint_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `StableDiffusion3InpaintPipeline`: what its media need before a model; it runs in the engine process."""
+    transformer_config = read_json(od_config, "transformer/config.json")
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor = 2 ** (len(vae_config.get("block_out_channels", (64,))) - 1)
+    latent_channels = vae_config.get("latent_channels", 4)
+    image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor, vae_latent_channels=latent_channels)
+    mask_processor = VaeImageProcessor(
+        vae_scale_factor=vae_scale_factor,
+        vae_latent_channels=latent_channels,
+        do_normalize=False,
+        do_binarize=True,
+        do_convert_grayscale=True,
+    )
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput = None,
+        mask_image: PipelineImageInput = None,
+        height: int = None,
+        width: int = None,
+        padding_mask_crop: int | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or transformer_config.get("sample_size", 128) * vae_scale_factor
+        width = width or transformer_config.get("sample_size", 128) * vae_scale_factor
+
+        # 4. Preprocess mask and image
+        if padding_mask_crop is not None:
+            crops_coords = mask_processor.get_crop_region(mask_image, width, height, pad=padding_mask_crop)
+            resize_mode = "fill"
+        else:
+            crops_coords = None
+            resize_mode = "default"
+        prepared["crops_coords"] = crops_coords
+        prepared["resize_mode"] = resize_mode
+        prepared["init_image"] = image_processor.preprocess(
+            image, height=height, width=width, crops_coords=crops_coords, resize_mode=resize_mode
+        )
+
+        # 6. Prepare mask latent variables
+        prepared["mask_condition"] = mask_processor.preprocess(
+            mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
+        )
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = StableDiffusion3InpaintPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 def get_stable_diffusion3_inpaint_post_process_func(od_config: OmniDiffusionConfig) -> Callable[..., Any]:
     """Post-processing of `StableDiffusion3InpaintPipeline`; it runs in the engine process, where no model is loaded."""
     processor = VaeImageProcessor()
@@ -286,6 +362,7 @@ class StableDiffusion3InpaintPipeline(
         "negative_prompt_embeds",
         "pooled_prompt_embeds",
         "negative_pooled_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -867,11 +944,12 @@ class StableDiffusion3InpaintPipeline(
         masked_image_latents = masked_image_latents.to(device=device, dtype=dtype)
         return mask, masked_image_latents
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -917,6 +995,9 @@ class StableDiffusion3InpaintPipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -948,6 +1029,7 @@ class StableDiffusion3InpaintPipeline(
         clip_skip: int | None = None,
         max_sequence_length: int = 256,
         mu: float | None = None,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -1044,7 +1126,10 @@ class StableDiffusion3InpaintPipeline(
         is_strength_max = strength == 1.0
 
         # 4. Preprocess mask and image
-        if padding_mask_crop is not None:
+        if "crops_coords" in prepared_media:
+            crops_coords = prepared_media["crops_coords"]
+            resize_mode = prepared_media["resize_mode"]
+        elif padding_mask_crop is not None:
             crops_coords = self.mask_processor.get_crop_region(mask_image, width, height, pad=padding_mask_crop)
             resize_mode = "fill"
         else:
@@ -1052,9 +1137,12 @@ class StableDiffusion3InpaintPipeline(
             resize_mode = "default"
 
         original_image = image
-        init_image = self.image_processor.preprocess(
-            image, height=height, width=width, crops_coords=crops_coords, resize_mode=resize_mode
-        )
+        if "init_image" in prepared_media:
+            init_image = prepared_media["init_image"]
+        else:
+            init_image = self.image_processor.preprocess(
+                image, height=height, width=width, crops_coords=crops_coords, resize_mode=resize_mode
+            )
         init_image = init_image.to(dtype=torch.float32)
 
         # 5. Prepare latent variables
@@ -1084,9 +1172,12 @@ class StableDiffusion3InpaintPipeline(
             latents, noise = latents_outputs
 
         # 6. Prepare mask latent variables
-        mask_condition = self.mask_processor.preprocess(
-            mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
-        )
+        if "mask_condition" in prepared_media:
+            mask_condition = prepared_media["mask_condition"]
+        else:
+            mask_condition = self.mask_processor.preprocess(
+                mask_image, height=height, width=width, resize_mode=resize_mode, crops_coords=crops_coords
+            )
 
         if masked_image_latents is None:
             masked_image = init_image * (mask_condition < 0.5)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SD3Transformer2DModel (models/transformers/transformer_sd3.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.SD3Transformer2DModel (models/transformers/transformer_sd3.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -70,6 +70,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -138,7 +140,6 @@ class SD3AdaLayerNormZero(nn.Module):
         return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
-@torch._dynamo.allow_in_graph
 class SD3JointAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `JointAttnProcessor2_0`."""
 
@@ -333,7 +334,6 @@ class SD3JointAttention(nn.Module):
         return hidden_states, encoder_hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class SD3SelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `JointAttnProcessor2_0`."""
 
@@ -509,7 +509,6 @@ class SD3FeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class SD3JointTransformerBlock(nn.Module):
     """`JointTransformerBlock` of Diffusers as this model uses it."""
 
@@ -695,8 +694,8 @@ class SD3Transformer2DModel(nn.Module):
     }
     _sp_plan = {
         "shard_encoder_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="encoder_hidden_states"
+            "input": SequenceParallelInput(
+                split_dim=1, expected_dims=3, auto_pad=True, shard_group="encoder_hidden_states"
             )
         },
         "shard_hidden_states": {
@@ -780,6 +779,11 @@ class SD3Transformer2DModel(nn.Module):
         self.proj_out = nn.Linear(self.inner_dim, patch_size * patch_size * self.out_channels, bias=True)
         self.shard_encoder_hidden_states = nn.Identity()
         self.shard_hidden_states = nn.Identity()
+        # Buffers of a checkpoint have the model's dtype, however they were computed.
+        names = self.state_dict().keys()
+        for name, buffer in self.named_buffers():
+            if name in names and buffer.is_floating_point():
+                buffer.data = buffer.data.to(torch.get_default_dtype())
 
     def forward(
         self,

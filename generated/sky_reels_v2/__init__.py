@@ -3,11 +3,15 @@
 """Ports of the sky_reels_v2 family."""
 
 from .pipeline_sky_reels_v2 import SkyReelsV2Pipeline
-from .pipeline_sky_reels_v2_image_to_video import SkyReelsV2ImageToVideoPipeline
+from .pipeline_sky_reels_v2_image_to_video import (
+    SkyReelsV2ImageToVideoPipeline,
+    get_sky_reels_v2_image_to_video_pre_process_func,
+)
 from .sky_reels_v2_transformer import SkyReelsV2Transformer3DModel
 
 __all__ = [
     "SkyReelsV2ImageToVideoPipeline",
     "SkyReelsV2Pipeline",
     "SkyReelsV2Transformer3DModel",
+    "get_sky_reels_v2_image_to_video_pre_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SkyReelsV2Transformer3DModel (models/transformers/transformer_skyreels_v2.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.SkyReelsV2Transformer3DModel (models/transformers/transformer_skyreels_v2.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.distributed.utils import get_local_device
@@ -187,6 +187,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -670,7 +672,6 @@ class SkyReelsV2FeedForwardGeluApproximate(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class SkyReelsV2TransformerBlock(nn.Module):
     def __init__(
         self,
@@ -874,13 +875,13 @@ class SkyReelsV2Transformer3DModel(nn.Module):
     _keep_in_fp32_modules = ["time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _sp_plan = {
         "shard_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-3, auto_pad=True),
+                SequenceParallelInput(split_dim=-3, auto_pad=True),
+            ]
         },
-        "shard_temb": {0: SequenceParallelInput(split_dim=1, expected_dims=3, split_output=True, auto_pad=True)},
-        "shard_timestep_proj": {
-            0: SequenceParallelInput(split_dim=2, expected_dims=4, split_output=True, auto_pad=True)
-        },
+        "shard_temb": {"input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True)},
+        "shard_timestep_proj": {"input": SequenceParallelInput(split_dim=2, expected_dims=4, auto_pad=True)},
         "shard_hidden_states": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableAudioDiTModel (models/transformers/stable_audio_transformer.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.StableAudioDiTModel (models/transformers/stable_audio_transformer.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_fu
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.cache.cachedit.config import CacheDiTAdapterConfig
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -107,6 +107,12 @@ class MaskedFlashAttention(FlashAttentionImpl):
         return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
 
 
+def all_tokens(length: int, *streams: str) -> int:
+    """How many tokens `streams` have on all ranks that share them; this rank has `length` of them."""
+    lengths = [get_sp_shard_original_seq_len(stream) for stream in streams]
+    return length if None in lengths else sum(lengths)
+
+
 @functools.lru_cache(maxsize=32)
 def sequence_order(lengths: tuple[int, ...], world_size: int, device: torch.device) -> torch.Tensor:
     """Positions of the streams' tokens in the order in which the ranks hold them; -1 for padding."""
@@ -143,6 +149,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -166,7 +174,6 @@ class StableAudioGaussianFourierProjection(nn.Module):
         return out
 
 
-@torch._dynamo.allow_in_graph
 class StableAudioSelfAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `StableAudioAttnProcessor2_0`."""
 
@@ -236,12 +243,12 @@ class StableAudioSelfAttention(nn.Module):
             head_size = self.heads
 
             current_length: int = attention_mask.shape[-1]
-            if current_length != sequence_length:
+            if current_length != all_tokens(sequence_length, "hidden_states"):
                 # TODO: for pipelines such as stable-diffusion, padding cross-attn mask:
                 #       we want to instead pad by (0, remaining_length), where remaining_length is:
                 #       remaining_length: int = target_length - current_length
                 # TODO: re-enable tests/models/test_models_unet_2d_condition.py#test_model_xattn_padding
-                attention_mask = F.pad(attention_mask, (0, sequence_length), value=0.0)
+                attention_mask = F.pad(attention_mask, (0, all_tokens(sequence_length, "hidden_states")), value=0.0)
 
             if attention_mask.shape[0] < batch_size * head_size:
                 attention_mask = attention_mask.repeat_interleave(
@@ -313,7 +320,6 @@ class StableAudioSelfAttention(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class StableAudioCrossAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `StableAudioAttnProcessor2_0`."""
 
@@ -504,7 +510,6 @@ class StableAudioFeedForward(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class StableAudioDiTBlock(nn.Module):
     r"""
     Transformer block used in Stable Audio model (https://github.com/Stability-AI/stable-audio-tools). Allow skip
@@ -641,8 +646,10 @@ class StableAudioDiTModel(nn.Module):
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"], "to_kv": ["to_k", "to_v"]}
     _sp_plan = {
         "shard_rotary_embedding": {
-            0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+                SequenceParallelInput(split_dim=-2, auto_pad=True),
+            ]
         },
         "shard_hidden_states": {
             0: SequenceParallelInput(
@@ -843,8 +850,6 @@ class StableAudioDiTModel(nn.Module):
         if attention_mask is not None:
             prepend_mask = torch.ones((hidden_states.shape[0], 1), device=hidden_states.device, dtype=torch.bool)
             attention_mask = torch.cat([prepend_mask, attention_mask], dim=-1)
-        if attention_mask is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
-            raise NotImplementedError("`attention_mask` can not be divided between the ranks of sequence parallelism")
         if rotary_embedding is not None:
             rotary_embedding = self.shard_rotary_embedding(rotary_embedding)
         hidden_states = self.shard_hidden_states(hidden_states)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableAudio3DiTModel (models/transformers/transformer_stable_audio3.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.StableAudio3DiTModel (models/transformers/transformer_stable_audio3.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -626,6 +626,11 @@ class StableAudio3DiTModel(nn.Module):
                 for i in range(depth)
             ]
         )
+        # Buffers of a checkpoint have the model's dtype, however they were computed.
+        names = self.state_dict().keys()
+        for name, buffer in self.named_buffers():
+            if name in names and buffer.is_floating_point():
+                buffer.data = buffer.data.to(torch.get_default_dtype())
 
     def forward(
         self,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.WanVideoToVideoPipeline (pipelines/wan/pipeline_wan_video2video.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.WanVideoToVideoPipeline (pipelines/wan/pipeline_wan_video2video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,6 +42,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
@@ -219,6 +221,56 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_wan_video_to_video_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `WanVideoToVideoPipeline`: what its media need before a model; it runs in the engine process."""
+    transformer_config = read_json(od_config, "transformer/config.json")
+    vae_config = read_json(od_config, "vae/config.json")
+    vae_scale_factor_spatial = 2 ** len(vae_config.get("temperal_downsample", [False, True, True]))
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        video: list[Image.Image] = None,
+        height: int = 480,
+        width: int = 832,
+        latents: torch.Tensor | None = None,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        height = height or transformer_config["sample_height"] * vae_scale_factor_spatial
+        width = width or transformer_config["sample_width"] * vae_scale_factor_spatial
+
+        if latents is None:
+            prepared["video"] = video_processor.preprocess_video(video, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = WanVideoToVideoPipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class WanVideoToVideoPipeline(
     nn.Module, CFGParallelMixin, ProgressBarMixin, DiffusionPipelineProfilerMixin, SupportsComponentDiscovery
 ):
@@ -254,6 +306,7 @@ class WanVideoToVideoPipeline(
         "latents",
         "prompt_embeds",
         "negative_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -533,11 +586,12 @@ class WanVideoToVideoPipeline(
 
         return timesteps, num_inference_steps - t_start
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -566,6 +620,9 @@ class WanVideoToVideoPipeline(
         for name in ("video",):
             if name in media:
                 arguments[name] = media[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -586,6 +643,7 @@ class WanVideoToVideoPipeline(
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str | None = "np",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -642,9 +700,11 @@ class WanVideoToVideoPipeline(
         latent_timestep = timesteps[:1].repeat(batch_size * num_videos_per_prompt)
 
         if latents is None:
-            video = self.video_processor.preprocess_video(video, height=height, width=width).to(
-                device, dtype=torch.float32
-            )
+            if "video" in prepared_media:
+                video = prepared_media["video"]
+            else:
+                video = self.video_processor.preprocess_video(video, height=height, width=width)
+            video = video.to(device, dtype=torch.float32)
 
         # 5. Prepare latent variables
         num_channels_latents = self.transformer.config.in_channels

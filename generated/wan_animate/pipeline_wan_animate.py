@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.WanAnimatePipeline (pipelines/wan/pipeline_wan_animate.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.WanAnimatePipeline (pipelines/wan/pipeline_wan_animate.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,7 @@ from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_p
 from vllm_omni.diffusion.models.interface import SupportImageInput, SupportsComponentDiscovery
 from vllm_omni.diffusion.models.progress_bar import ProgressBarMixin
 from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPipelineProfilerMixin
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
@@ -112,6 +114,107 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def get_wan_animate_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `WanAnimatePipeline`: what its media need before a model; it runs in the engine process."""
+    vae_config = read_json(od_config, "vae/config.json")
+    transformer_config = read_json(od_config, "transformer/config.json")
+
+    vae_scale_factor_temporal = vae_config.get("scale_factor_temporal", 4)
+    vae_scale_factor_spatial = vae_config.get("scale_factor_spatial", 8)
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+    video_processor_for_mask = VideoProcessor(
+        vae_scale_factor=vae_scale_factor_spatial, do_normalize=False, do_convert_grayscale=True
+    )
+    # In case self.transformer is None (e.g. for some pipeline tests)
+    spatial_patch_size = transformer_config.get("patch_size", (1, 2, 2))[-2:]
+    vae_image_processor = WanAnimateImageProcessor(
+        vae_scale_factor=vae_scale_factor_spatial,
+        spatial_patch_size=spatial_patch_size,
+        resample="bilinear",
+        fill_color=0,
+    )
+
+    def prepare_media(
+        *,
+        image: PipelineImageInput,
+        pose_video: list[Image.Image],
+        face_video: list[Image.Image],
+        background_video: list[Image.Image] | None = None,
+        mask_video: list[Image.Image] | None = None,
+        height: int = 720,
+        width: int = 1280,
+        segment_frame_length: int = 77,
+        mode: str = "animate",
+        prev_segment_conditioning_frames: int = 1,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+
+        if segment_frame_length % vae_scale_factor_temporal != 1:
+            segment_frame_length = segment_frame_length // vae_scale_factor_temporal * vae_scale_factor_temporal + 1
+        segment_frame_length = max(segment_frame_length, 1)
+
+        # As we generate in segments of `segment_frame_length`, set the target frame length to be the least multiple
+        # of the effective segment length greater than or equal to the length of `pose_video`.
+        cond_video_frames = len(pose_video)
+        effective_segment_length = segment_frame_length - prev_segment_conditioning_frames
+        last_segment_frames = (cond_video_frames - prev_segment_conditioning_frames) % effective_segment_length
+        if last_segment_frames == 0:
+            num_padding_frames = 0
+        else:
+            num_padding_frames = effective_segment_length - last_segment_frames
+        num_target_frames = cond_video_frames + num_padding_frames
+
+        # 4. Preprocess and encode the reference (character) image
+        image_height, image_width = video_processor.get_default_height_width(image)
+        prepared["image_height"] = image_height
+        prepared["image_width"] = image_width
+        prepared["image_pixels"] = vae_image_processor.preprocess(image, height=height, width=width, resize_mode="fill")
+
+        # 5. Encode conditioning videos (pose, face)
+        pose_video = WanAnimatePipeline.pad_video_frames(pose_video, num_target_frames)
+        face_video = WanAnimatePipeline.pad_video_frames(face_video, num_target_frames)
+        prepared["pose_video"] = video_processor.preprocess_video(pose_video, height=height, width=width)
+        expected_face_size = transformer_config.get("motion_encoder_size", 512)
+        prepared["face_video"] = video_processor.preprocess_video(
+            face_video, height=expected_face_size, width=expected_face_size
+        )
+
+        if mode == "replace":
+            background_video = WanAnimatePipeline.pad_video_frames(background_video, num_target_frames)
+            mask_video = WanAnimatePipeline.pad_video_frames(mask_video, num_target_frames)
+            prepared["background_video"] = video_processor.preprocess_video(
+                background_video, height=height, width=width
+            )
+            prepared["mask_video"] = video_processor_for_mask.preprocess_video(mask_video, height=height, width=width)
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = WanAnimatePipeline.request_arguments(prompt, request.sampling_params)
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
 
 
 class WanAnimatePipeline(
@@ -661,7 +764,8 @@ class WanAnimatePipeline(
 
         return latents
 
-    def pad_video_frames(self, frames: list[Any], num_target_frames: int) -> list[Any]:
+    @staticmethod
+    def pad_video_frames(frames: list[Any], num_target_frames: int) -> list[Any]:
         """
         Pads an array-like video `frames` to `num_target_frames` using a "reflect"-like strategy. The frame dimension
         is assumed to be the first dimension. In the 1D case, we can visualize this strategy as follows:
@@ -682,11 +786,12 @@ class WanAnimatePipeline(
 
         return target_frames
 
-    def request_arguments(self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    @classmethod
+    def request_arguments(cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -728,6 +833,9 @@ class WanAnimatePipeline(
         ):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -755,6 +863,7 @@ class WanAnimatePipeline(
         image_embeds: torch.Tensor | None = None,
         output_type: str | None = "np",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -827,12 +936,18 @@ class WanAnimatePipeline(
             negative_prompt_embeds = negative_prompt_embeds.to(transformer_dtype)
 
         # 4. Preprocess and encode the reference (character) image
-        image_height, image_width = self.video_processor.get_default_height_width(image)
+        if "image_height" in prepared_media:
+            image_height = prepared_media["image_height"]
+            image_width = prepared_media["image_width"]
+        else:
+            image_height, image_width = self.video_processor.get_default_height_width(image)
         if image_height != height or image_width != width:
             logger.warning(f"Reshaping reference image from ({image_width}, {image_height}) to ({width}, {height})")
-        image_pixels = self.vae_image_processor.preprocess(image, height=height, width=width, resize_mode="fill").to(
-            device, dtype=torch.float32
-        )
+        if "image_pixels" in prepared_media:
+            image_pixels = prepared_media["image_pixels"]
+        else:
+            image_pixels = self.vae_image_processor.preprocess(image, height=height, width=width, resize_mode="fill")
+        image_pixels = image_pixels.to(device, dtype=torch.float32)
 
         # Get CLIP features from the reference image
         if image_embeds is None:
@@ -850,9 +965,11 @@ class WanAnimatePipeline(
             logger.warning(
                 f"Reshaping pose video from ({pose_video_width}, {pose_video_height}) to ({width}, {height})"
             )
-        pose_video = self.video_processor.preprocess_video(pose_video, height=height, width=width).to(
-            device, dtype=torch.float32
-        )
+        if "pose_video" in prepared_media:
+            pose_video = prepared_media["pose_video"]
+        else:
+            pose_video = self.video_processor.preprocess_video(pose_video, height=height, width=width)
+        pose_video = pose_video.to(device, dtype=torch.float32)
 
         face_video_width, face_video_height = face_video[0].size
         expected_face_size = self.transformer.config.motion_encoder_size
@@ -861,20 +978,28 @@ class WanAnimatePipeline(
                 f"Reshaping face video from ({face_video_width}, {face_video_height}) to ({expected_face_size},"
                 f" {expected_face_size})"
             )
-        face_video = self.video_processor.preprocess_video(
-            face_video, height=expected_face_size, width=expected_face_size
-        ).to(device, dtype=torch.float32)
+        if "face_video" in prepared_media:
+            face_video = prepared_media["face_video"]
+        else:
+            face_video = self.video_processor.preprocess_video(
+                face_video, height=expected_face_size, width=expected_face_size
+            )
+        face_video = face_video.to(device, dtype=torch.float32)
 
         if mode == "replace":
             background_video = self.pad_video_frames(background_video, num_target_frames)
             mask_video = self.pad_video_frames(mask_video, num_target_frames)
 
-            background_video = self.video_processor.preprocess_video(background_video, height=height, width=width).to(
-                device, dtype=torch.float32
-            )
-            mask_video = self.video_processor_for_mask.preprocess_video(mask_video, height=height, width=width).to(
-                device, dtype=torch.float32
-            )
+            if "background_video" in prepared_media:
+                background_video = prepared_media["background_video"]
+            else:
+                background_video = self.video_processor.preprocess_video(background_video, height=height, width=width)
+            background_video = background_video.to(device, dtype=torch.float32)
+            if "mask_video" in prepared_media:
+                mask_video = prepared_media["mask_video"]
+            else:
+                mask_video = self.video_processor_for_mask.preprocess_video(mask_video, height=height, width=width)
+            mask_video = mask_video.to(device, dtype=torch.float32)
 
         # 6. Prepare timesteps
         self.scheduler.set_timesteps(num_inference_steps, device=device)

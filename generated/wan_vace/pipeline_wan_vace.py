@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.WanVACEPipeline (pipelines/wan/pipeline_wan_vace.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.WanVACEPipeline (pipelines/wan/pipeline_wan_vace.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import html
 import importlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -164,6 +165,81 @@ def join_rows(values: Sequence[Any], branches: bool) -> Any:
     return agreed(values)
 
 
+def get_wan_vace_pre_process_func(
+    od_config: OmniDiffusionConfig,
+) -> Callable[[OmniDiffusionRequest], OmniDiffusionRequest]:
+    """Pre-processing of `WanVACEPipeline`: what its media need before a model; it runs in the engine process."""
+    model_index = read_json(od_config, "model_index.json")
+    vae_config = read_json(od_config, "vae/config.json")
+    transformer_config = {}
+    if model_index.get("transformer", [None])[0] is not None:
+        transformer_config = read_json(od_config, "transformer/config.json")
+    transformer_2_config = {}
+    if model_index.get("transformer_2", [None])[0] is not None:
+        transformer_2_config = read_json(od_config, "transformer_2/config.json")
+    vae_scale_factor_spatial = 2 ** len(vae_config.get("temperal_downsample", [False, True, True]))
+    video_processor = VideoProcessor(vae_scale_factor=vae_scale_factor_spatial)
+
+    def prepare_media(
+        *,
+        video: list[PipelineImageInput] | None = None,
+        mask: list[PipelineImageInput] | None = None,
+        height: int = 480,
+        width: int = 832,
+        **others: Any,
+    ) -> dict[str, Any]:
+        """The values that `prepare_generation` has no need to compute then."""
+        prepared = {}
+        if video is not None:
+            base = vae_scale_factor_spatial * (
+                transformer_config.get("patch_size", (1, 2, 2))[1]
+                if model_index.get("transformer", [None])[0] is not None
+                else transformer_2_config.get("patch_size", (1, 2, 2))[1]
+            )
+            video_height, video_width = video_processor.get_default_height_width(video[0])
+            prepared["video_height"] = video_height
+            prepared["video_width"] = video_width
+
+            if video_height * video_width > height * width:
+                scale = min(width / video_width, height / video_height)
+                video_height, video_width = int(video_height * scale), int(video_width * scale)
+
+            if video_height % base != 0 or video_width % base != 0:
+                video_height = (video_height // base) * base
+                video_width = (video_width // base) * base
+
+            prepared["video"] = video_processor.preprocess_video(video, video_height, video_width)
+            image_size = (video_height, video_width)  # Use the height/width of video (with possible rescaling)
+        else:
+            image_size = (height, width)  # Use the height/width provider by user
+
+        if mask is not None:
+            prepared["mask"] = video_processor.preprocess_video(mask, image_size[0], image_size[1])
+        return prepared
+
+    def shape_of(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(shape_of(each) for each in value)
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+
+    def pre_process_func(request: OmniDiffusionRequest) -> OmniDiffusionRequest:
+        prompt = request.prompt
+        if isinstance(prompt, str) or not prompt.get("multi_modal_data"):
+            return request
+        try:
+            arguments = WanVACEPipeline.request_arguments(prompt, request.sampling_params, request.is_dummy_run())
+            prepared = prepare_media(**arguments)
+        except Exception:  # what is wrong with a request, the pipeline itself says, after Diffusers' own checks
+            return request
+        information = prompt.get("additional_information") or {}
+        # Requests take their steps together only where their tensors have equal shapes.
+        request.batch_compatibility_key = tuple((name, shape_of(value)) for name, value in prepared.items())
+        request.prompt = {**prompt, "additional_information": {**information, "prepared_media": prepared}}
+        return request
+
+    return pre_process_func
+
+
 class WanVACEPipeline(
     nn.Module, CFGParallelMixin, ProgressBarMixin, DiffusionPipelineProfilerMixin, SupportsComponentDiscovery
 ):
@@ -202,6 +278,7 @@ class WanVACEPipeline(
         "latents",
         "prompt_embeds",
         "negative_prompt_embeds",
+        "prepared_media",
     )
     # What a request brings to `diffuse`: rows (some with both guidance branches), their number, or a value on which
     # requests of one loop agree.
@@ -485,6 +562,7 @@ class WanVACEPipeline(
         num_frames: int = 81,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ):
         if video is not None:
             base = self.vae_scale_factor_spatial * (
@@ -492,7 +570,11 @@ class WanVACEPipeline(
                 if self.transformer is not None
                 else self.transformer_2.config.patch_size[1]
             )
-            video_height, video_width = self.video_processor.get_default_height_width(video[0])
+            if "video_height" in prepared_media:
+                video_height = prepared_media["video_height"]
+                video_width = prepared_media["video_width"]
+            else:
+                video_height, video_width = self.video_processor.get_default_height_width(video[0])
 
             if video_height * video_width > height * width:
                 scale = min(width / video_width, height / video_height)
@@ -507,14 +589,20 @@ class WanVACEPipeline(
 
             assert video_height * video_width <= height * width
 
-            video = self.video_processor.preprocess_video(video, video_height, video_width)
+            if "video" in prepared_media:
+                video = prepared_media["video"]
+            else:
+                video = self.video_processor.preprocess_video(video, video_height, video_width)
             image_size = (video_height, video_width)  # Use the height/width of video (with possible rescaling)
         else:
             video = torch.zeros(batch_size, 3, num_frames, height, width, dtype=dtype, device=device)
             image_size = (height, width)  # Use the height/width provider by user
 
         if mask is not None:
-            mask = self.video_processor.preprocess_video(mask, image_size[0], image_size[1])
+            if "mask" in prepared_media:
+                mask = prepared_media["mask"]
+            else:
+                mask = self.video_processor.preprocess_video(mask, image_size[0], image_size[1])
             mask = torch.clamp((mask + 1) / 2, min=0, max=1)
         else:
             mask = torch.ones_like(video)
@@ -725,13 +813,14 @@ class WanVACEPipeline(
         latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         return latents
 
+    @classmethod
     def request_arguments(
-        self, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
+        cls, prompt: OmniPromptType, sampling: OmniDiffusionSamplingParams, is_dummy_run: bool
     ) -> dict[str, Any]:
         """Arguments that a request gives; what it omits keeps the default of `prepare_generation`."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
         media = fields.get("multi_modal_data") or {}
-        for name, reason in self._refused_arguments.items():
+        for name, reason in cls._refused_arguments.items():
             if any(place.get(name) is not None for place in (fields, media, sampling.extra_args)):
                 raise ValueError(f"`{name}` can't be set: {reason}.")
         # A sampling field holds None where the request gave nothing; in a dictionary the key tells.
@@ -770,6 +859,9 @@ class WanVACEPipeline(
         for name in ("conditioning_scale",):
             if name in sampling.extra_args:
                 arguments[name] = sampling.extra_args[name]
+        information = fields.get("additional_information") or {}
+        if "prepared_media" in information:
+            arguments["prepared_media"] = information["prepared_media"]
         return arguments
 
     def prepare_generation(
@@ -793,6 +885,7 @@ class WanVACEPipeline(
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str | None = "np",
         max_sequence_length: int = 512,
+        prepared_media: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Everything up to the denoising loop: inputs of `diffuse` and inputs of `decode`."""
 
@@ -893,6 +986,7 @@ class WanVACEPipeline(
             num_frames,
             torch.float32,
             device,
+            prepared_media=prepared_media,
         )
         num_reference_images = len(reference_images[0])
 

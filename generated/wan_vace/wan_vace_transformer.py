@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.WanVACETransformer3DModel (models/transformers/transformer_wan_vace.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.WanVACETransformer3DModel (models/transformers/transformer_wan_vace.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.distributed.utils import get_local_device
@@ -104,6 +104,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -569,7 +571,6 @@ class WanVACEFeedForwardGeluApproximate(nn.Module):
         return hidden_states
 
 
-@torch._dynamo.allow_in_graph
 class WanVACEWanTransformerBlock(nn.Module):
     """`WanTransformerBlock` of Diffusers as this model uses it."""
 
@@ -933,21 +934,19 @@ class WanVACETransformer3DModel(nn.Module):
     _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _sp_plan = {
         "shard_rotary_emb": {
-            0: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
-            1: SequenceParallelInput(split_dim=-3, split_output=True, auto_pad=True),
+            "input": [
+                SequenceParallelInput(split_dim=-3, auto_pad=True),
+                SequenceParallelInput(split_dim=-3, auto_pad=True),
+            ]
         },
-        "shard_timestep_proj": {
-            0: SequenceParallelInput(split_dim=1, expected_dims=4, split_output=True, auto_pad=True)
-        },
+        "shard_timestep_proj": {"input": SequenceParallelInput(split_dim=1, expected_dims=4, auto_pad=True)},
         "shard_control_hidden_states": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="control_hidden_states"
             )
         },
         "shard_hidden_states": {
-            0: SequenceParallelInput(
-                split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="hidden_states"
-            )
+            "input": SequenceParallelInput(split_dim=1, expected_dims=3, auto_pad=True, shard_group="hidden_states")
         },
         "proj_out": SequenceParallelOutput(gather_dim=1, expected_dims=3, shard_group="control_hidden_states"),
     }

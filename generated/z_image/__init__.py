@@ -3,14 +3,31 @@
 """Ports of the z_image family."""
 
 from .pipeline_z_image import ZImagePipeline, get_z_image_post_process_func
-from .pipeline_z_image_control_net import ZImageControlNetPipeline, get_z_image_control_net_post_process_func
+from .pipeline_z_image_control_net import (
+    ZImageControlNetPipeline,
+    get_z_image_control_net_post_process_func,
+    get_z_image_control_net_pre_process_func,
+)
 from .pipeline_z_image_control_net_inpaint import (
     ZImageControlNetInpaintPipeline,
     get_z_image_control_net_inpaint_post_process_func,
+    get_z_image_control_net_inpaint_pre_process_func,
 )
-from .pipeline_z_image_img2_img import ZImageImg2ImgPipeline, get_z_image_img2_img_post_process_func
-from .pipeline_z_image_inpaint import ZImageInpaintPipeline, get_z_image_inpaint_post_process_func
-from .pipeline_z_image_omni import ZImageOmniPipeline, get_z_image_omni_post_process_func
+from .pipeline_z_image_img2_img import (
+    ZImageImg2ImgPipeline,
+    get_z_image_img2_img_post_process_func,
+    get_z_image_img2_img_pre_process_func,
+)
+from .pipeline_z_image_inpaint import (
+    ZImageInpaintPipeline,
+    get_z_image_inpaint_post_process_func,
+    get_z_image_inpaint_pre_process_func,
+)
+from .pipeline_z_image_omni import (
+    ZImageOmniPipeline,
+    get_z_image_omni_post_process_func,
+    get_z_image_omni_pre_process_func,
+)
 from .z_image_transformer import ZImageTransformer2DModel
 
 __all__ = [
@@ -22,9 +39,14 @@ __all__ = [
     "ZImagePipeline",
     "ZImageTransformer2DModel",
     "get_z_image_control_net_inpaint_post_process_func",
+    "get_z_image_control_net_inpaint_pre_process_func",
     "get_z_image_control_net_post_process_func",
+    "get_z_image_control_net_pre_process_func",
     "get_z_image_img2_img_post_process_func",
+    "get_z_image_img2_img_pre_process_func",
     "get_z_image_inpaint_post_process_func",
+    "get_z_image_inpaint_pre_process_func",
     "get_z_image_omni_post_process_func",
+    "get_z_image_omni_pre_process_func",
     "get_z_image_post_process_func",
 ]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ZImageTransformer2DModel (models/transformers/transformer_z_image.py, diffusers 0.40.0), rule set d33488bde2aa.
+# Ported by porter from diffusers.ZImageTransformer2DModel (models/transformers/transformer_z_image.py, diffusers 0.40.0), rule set 4ff41c10a2db.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vllm_omni.diffusion.attention.backends.sdpa import SDPABackend
 from vllm_omni.diffusion.attention.backends.utils.fa import flash_attn_varlen_func
 from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_world_size
+from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel_rank, get_sequence_parallel_world_size
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
@@ -204,6 +204,8 @@ def sequence_metadata(query: torch.Tensor, mask: torch.Tensor | None, *streams: 
                 mask = mask[..., order.clamp(min=0)]
                 mask = mask.masked_fill(padding, False if mask.dtype == torch.bool else float("-inf"))
                 mask = mask[..., order.clamp(min=0), :] if queries else mask
+                if mask.ndim == 4 and mask.shape[1] > 1:  # attention has this rank's heads
+                    mask = mask.chunk(world_size, dim=1)[get_sequence_parallel_rank()]
     return AttentionMetadata(attn_mask=mask) if mask is not None else None
 
 
@@ -237,7 +239,6 @@ class FinalLayer(nn.Module):
         return x
 
 
-@torch._dynamo.allow_in_graph
 class ZImageAttention(nn.Module):
     """`Attention` of Diffusers as this model uses it, with `ZSingleStreamAttnProcessor`."""
 
@@ -408,7 +409,6 @@ class FeedForward(nn.Module):
         return self.w2(self._forward_silu_gating(self.w1(x), self.w3(x)))
 
 
-@torch._dynamo.allow_in_graph
 class ZImageTransformerBlock(nn.Module):
     def __init__(
         self,
@@ -585,8 +585,8 @@ class ZImageTransformer2DModel(nn.Module):
     stacked_params_mapping = [(".to_qkv", ".to_q", "q"), (".to_qkv", ".to_k", "k"), (".to_qkv", ".to_v", "v")]
     packed_modules_mapping = {"to_qkv": ["to_q", "to_k", "to_v"]}
     _sp_plan = {
-        "shard_noise_mask_tensor": {0: SequenceParallelInput(split_dim=-1, split_output=True, auto_pad=True)},
-        "shard_unified_freqs": {0: SequenceParallelInput(split_dim=-2, split_output=True, auto_pad=True)},
+        "shard_noise_mask_tensor": {"input": SequenceParallelInput(split_dim=-1, auto_pad=True)},
+        "shard_unified_freqs": {"input": SequenceParallelInput(split_dim=-2, auto_pad=True)},
         "shard_unified": {
             0: SequenceParallelInput(
                 split_dim=1, expected_dims=3, split_output=True, auto_pad=True, shard_group="unified"
@@ -1278,6 +1278,7 @@ class ZImageTransformer2DModel(nn.Module):
             noise_mask_tensor = torch.nn.utils.rnn.pad_sequence(unified_noise_mask, batch_first=True, padding_value=0)[
                 :, : unified.shape[1]
             ]
+        whole_noise_mask_tensor = noise_mask_tensor
         if noise_mask_tensor is not None:
             noise_mask_tensor = self.shard_noise_mask_tensor(noise_mask_tensor)
         unified_freqs = self.shard_unified_freqs(unified_freqs)
@@ -1289,6 +1290,7 @@ class ZImageTransformer2DModel(nn.Module):
             if controlnet_block_samples is not None and layer_idx in controlnet_block_samples:
                 unified = unified + controlnet_block_samples[layer_idx]
         unified = self.gather_unified(unified)
+        noise_mask_tensor = whole_noise_mask_tensor
 
         unified = (
             self.all_final_layer[f"{patch_size}-{f_patch_size}"](
