@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from porter.diagnostics.catalogue import EFFORTS, effort_of
 from porter.diagnostics.render import lines_of, render, worst
 from porter.exits import DRIFT, FINDINGS, OK, USAGE, VERIFICATION
+from porter.manifest import with_ports
 from porter.model import Diagnostic, PorterError, Span
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _beside_others(
         result = _conversion([*names, *family], source, rules, evidence)
     files = dict(result.files)
     others = [p for p in old if p.get("folder") not in folders]
-    files["manifest.json"] = _merged(files["manifest.json"], others)
+    files["manifest.json"] = with_ports(files["manifest.json"], others)
     from porter.pipeline.registration import package_files
 
     files.update(package_files({*folders, *(str(p["folder"]) for p in others)}, "0.1.0"))
@@ -320,13 +321,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise PorterError(Diagnostic("PORT013", f"{path} is no manifest"))
     return data
-
-
-def _merged(new: str, others: list[dict[str, Any]]) -> str:
-    """The manifest of a conversion with ports of other folders beside its own."""
-    fresh = json.loads(new)
-    ports = sorted([*others, *fresh["ports"]], key=lambda p: (str(p["folder"]), str(p["arch"])))
-    return json.dumps({**fresh, "ports": ports}, indent=2, ensure_ascii=False) + "\n"
 
 
 def unified(out: Path, name: str, new: str) -> list[str]:

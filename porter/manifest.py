@@ -130,4 +130,15 @@ class Manifest(Struct, frozen=True):
 def manifest_text(manifest: Manifest) -> str:
     """JSON text, keys in the order of the contract."""
     data = {"schema": 1, "diffusers": manifest.diffusers, "engine": ENGINE, "ports": [p.row() for p in manifest.ports]}
+    return _text(data)
+
+
+def with_ports(text: str, others: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a manifest with ports of other folders beside its own, in the same order and manner."""
+    data = json.loads(text)
+    ports = sorted([*others, *data["ports"]], key=lambda p: (str(p["folder"]), str(p["arch"])))
+    return _text({**data, "ports": ports})
+
+
+def _text(data: Mapping[str, Any]) -> str:
     return json.dumps(data, indent=2) + "\n"

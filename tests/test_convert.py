@@ -11,6 +11,7 @@ import pytest
 from porter.convert import convert, rules_digest
 from porter.emit.linemap import LineMap
 from porter.evidence import code_digest
+from porter.manifest import with_ports
 from porter.model import Diagnostic, PorterError
 from porter.source.library import open_library
 
@@ -218,3 +219,14 @@ def test_a_denoiser_that_cannot_be_ported_does_not_keep_others_from_it(monkeypat
     assert "PORT101" in {d.code for d in done.diagnostics}
     with pytest.raises(PorterError):
         convert(["FluxTransformer2DModel"])
+
+
+def test_a_manifest_that_is_read_and_written_again_stays_the_same():
+    rows = [{"folder": "b", "arch": "B", "reason": "x·y"}, {"folder": "c", "arch": "C"}]
+    text = json.dumps({"schema": 1, "ports": rows}, indent=2) + "\n"
+    assert with_ports(text, ()) == text
+    assert [p["folder"] for p in json.loads(with_ports(text, [{"folder": "a", "arch": "A"}]))["ports"]] == [
+        "a",
+        "b",
+        "c",
+    ]

@@ -8,6 +8,7 @@ from porter.engine.absolute_text import unit_of
 from porter.facts.sequence.plan import SequencePlan, sequence_plan
 from porter.model import Unknown
 from porter.source import tree
+from porter.source.names import DOT
 
 HEAD = """
 import torch
@@ -248,6 +249,11 @@ def test_text_that_blocks_only_attend_to_stays_whole():
 )
 def test_what_mixes_tokens_is_refused(step, why):
     assert why in reason(step + SELF)
+
+
+def test_a_reason_shows_the_source_as_it_is_written():
+    said = reason("x = torch.nn.functional.pad(x, (0, 0, 0, 1))\n" + SELF)
+    assert "torch.nn.functional.pad(x" in said and DOT not in said
 
 
 def test_tokens_are_followed_through_a_dictionary_of_arguments():

@@ -11,6 +11,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from porter.source.names import DOT
+
 
 class NotShardable(Exception):
     """The sequence can't be divided, and why; `where` is the statement, once it is known."""
@@ -18,7 +20,8 @@ class NotShardable(Exception):
     where: str = ""
 
     def __str__(self) -> str:
-        return f"{super().__str__()} (`{self.where}`)" if self.where else super().__str__()
+        said = f"{super().__str__()} (`{self.where}`)" if self.where else super().__str__()
+        return said.replace(DOT, ".")
 
 
 class Tokens(Struct, frozen=True):
