@@ -3,7 +3,8 @@
 It is forked when everything is imported and the rules are loaded, so that no work is done twice; the smaller half of the
 work then takes no time. It is the quicker one, so it begins with something for the other: definitions that the denoisers
 will need. The bytes and the findings are the same: what does not come in time is made where it is needed, and so is
-everything where no processor is idle. It saves a quarter of the time of QwenImagePipeline, for a fifth more work in all.
+everything where no processor is idle. It saves a quarter of the time of a pipeline with one denoiser, for a fifth more
+work in all.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -33,6 +34,11 @@ def alive(pid: int) -> bool:
 PORTER = ("-m", "porter")
 
 
+def _listening() -> None:
+    """Tests that run in the background ignore interrupts, which a new process inherits."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def stopped(
     arguments: list[str], number: int, how: int, everyone: bool, temporary: Path, program: Sequence[str] = PORTER
 ) -> str:
@@ -40,7 +46,7 @@ def stopped(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
     process = subprocess.Popen(
         [sys.executable, *program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment, start_new_session=True,
+        env=environment, start_new_session=True, preexec_fn=_listening,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 100
