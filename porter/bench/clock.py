@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +17,12 @@ import torch
 GIB = 2**30
 ROUND_SECONDS = 1.5
 LEAST, MOST = 6, 30
+LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round of timed calls, in milliseconds. `clock` is [SM MHz, W, C] right after it, where it can be read."""
+    """One round of timed calls, in milliseconds. `clock` is the mean [SM MHz, W, C] while they ran, where it can be read."""
 
     median: float
     p10: float
@@ -56,12 +59,14 @@ def timed_round(
     if together is not None:
         estimate = together(estimate)
     most = MOST if device.type == "cuda" else 3
-    times = spans(call, max(min(LEAST, most), min(most, int(1000 * ROUND_SECONDS / max(estimate, 1e-3)))), device)
+    count = max(min(LEAST, most), min(most, int(1000 * ROUND_SECONDS / max(estimate, 1e-3))))
+    with watched(device) as states:
+        times = spans(call, count, device)
     ordered = sorted(times)
     tenth = len(ordered) // 10
     return Round(
         statistics.median(times), ordered[tenth], ordered[-1 - tenth], ordered[0], len(times), times,
-        peak_gib(device), card_state(device),
+        peak_gib(device), [round(statistics.fmean(column)) for column in zip(*states, strict=True)] or None,
     )  # fmt: skip
 
 
@@ -99,6 +104,29 @@ def allocated_gib(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else 0.0
 
 
+@contextlib.contextmanager
+def watched(device: torch.device) -> Iterator[list[list[int]]]:
+    """States of the card while the body runs, one every 20 ms: a side that draws more power runs at a
+    lower clock, which a reading after the last call no longer shows."""
+    states: list[list[int]] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(LOOK_SECONDS):
+            states.extend([state] if (state := card_state(device)) else [])
+
+    watcher = threading.Thread(target=look, daemon=True)
+    if device.type == "cuda":
+        watcher.start()
+    try:
+        yield states
+    finally:
+        done.set()
+        if device.type == "cuda":
+            watcher.join()
+        states.extend([state] if not states and (state := card_state(device)) else [])
+
+
 def card_state(device: torch.device) -> list[int] | None:
     """SM clock in MHz, power in W, temperature in C; None where pynvml or the card is missing."""
     if device.type != "cuda":
@@ -106,15 +134,23 @@ def card_state(device: torch.device) -> list[int] | None:
     with contextlib.suppress(Exception):
         import pynvml  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        handle = _card(device)
         return [
             pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             round(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000),
             pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
         ]
     return None
+
+
+@functools.cache
+def _card(device: torch.device) -> Any:
+    """NVML's handle of a torch device: they number cards differently."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from porter.bench.sides import REFERENCE, SAME_MODE, SIDES
+from porter.bench.sides import REFERENCE, SIDES, same_mode, sides_of
 from porter.bench.whole import judge as whole
 
 ERROR_RATIO = 1.1
@@ -73,10 +73,11 @@ def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
     for denoiser, row in data["denoisers"].items():
         for case, sides in row["agreement"].items():
             for side, errors in sides.items():
-                if side not in SAME_MODE or REFERENCE.name not in errors:
+                if side in sides_of("diffusers") or REFERENCE.name not in errors:
                     continue
-                own = sides.get(SAME_MODE[side], {}).get(REFERENCE.name)
-                found.append(Verdict(denoiser, case, side, errors[REFERENCE.name], own, errors.get(SAME_MODE[side])))
+                other = same_mode(side, sides) or ""
+                own = sides.get(other, {}).get(REFERENCE.name)
+                found.append(Verdict(denoiser, case, side, errors[REFERENCE.name], own, errors.get(other)))
     return found
 
 

@@ -16,7 +16,7 @@ from porter.verify.report import VerifyReport, command_line
 
 RUNG = "gpu"
 PORTS = ("port-eager", "port-compiled")
-SIDES = ("diffusers-eager", "diffusers-tuned", *PORTS)
+SIDES = ("diffusers-eager", "diffusers-dynamic", *PORTS)
 
 
 def verify_on_card(

@@ -30,7 +30,7 @@ class DiffusersSubject:
         self.dtype = torch.float32 if self.reference else torch.bfloat16
         self.facts: dict[str, Any] = {}
         self._compile = bool(job.get("compile"))
-        self._options: dict[str, Any] = dict(job.get("compile_options") or {})
+        self._options: dict[str, Any] = {"dynamic": bool(job.get("dynamic")), **(job.get("compile_options") or {})}
         self._first = bool(job.get("first_backend"))
         self._backends: list[str] = list(job.get("backends") or (adapter_backends() if self._first else ["native"]))
         self._chosen: dict[str, str] = {}
@@ -84,7 +84,7 @@ class DiffusersSubject:
         if not getattr(model, "_repeated_blocks", None):
             model._repeated_blocks = sorted({type(b).__name__ for b in repeated_blocks(model)})
             self.facts["compiled_blocks"] = "the class names none; those of its module lists are compiled"
-        model.compile_repeated_blocks(fullgraph=fullgraph, dynamic=False, **self._options)
+        model.compile_repeated_blocks(fullgraph=fullgraph, **self._options)
         self.facts["fullgraph"] = fullgraph
 
     @contextlib.contextmanager

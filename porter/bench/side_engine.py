@@ -33,7 +33,7 @@ class EngineSubject:
             self.session = self._stack.enter_context(
                 engine_session.session(
                     job["arch"], rank=job["rank"], world=job["world"], port=job["port"], config=config,
-                    parallel=self._parallel, dtype=self.dtype,
+                    parallel=self._parallel, dtype=self.dtype, diffusion_compile_dynamic=job.get("dynamic", True),
                 )
             )  # fmt: skip
             self.model = self._build(job, config)

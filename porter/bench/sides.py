@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ BACKENDS = ("_flash_3", "native")
 class Side:
     """`program` is the worker's side: diffusers, engine, or adapter (Diffusers' class in a process of the engine).
 
-    `label` is for people; `subject` is reference, diffusers, hand or port.
+    `label` is for people; `subject` is reference, diffusers, hand or port. Compiled code is `static` where it is made for
+    each shape anew; the engine's runner compiles for all shapes at once, unless `diffusion_compile_dynamic` is off.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Side:
     program: str
     subject: str
     compiled: bool = False
+    static: bool = False
 
 
 REFERENCE = Side("reference", "Diffusers float32", "diffusers", "reference")
@@ -36,16 +38,42 @@ SIDES = {
     s.name: s
     for s in (
         Side("diffusers-eager", "Diffusers eager", "diffusers", "diffusers"),
-        Side("diffusers-tuned", "Diffusers compiled, best attention", "diffusers", "diffusers", compiled=True),
+        Side("diffusers-dynamic", "Diffusers compiled for all shapes", "diffusers", "diffusers", compiled=True),
+        Side(
+            "diffusers-tuned",
+            "Diffusers compiled, best attention",
+            "diffusers",
+            "diffusers",
+            compiled=True,
+            static=True,
+        ),
         Side("adapter", "engine's Diffusers adapter", "adapter", "diffusers"),
         Side("hand-eager", "engine's hand port eager", "engine", "hand"),
         Side("hand-compiled", "engine's hand port compiled", "engine", "hand", compiled=True),
+        Side("hand-static", "engine's hand port compiled, static shapes", "engine", "hand", compiled=True, static=True),
         Side("port-eager", "generated port eager", "engine", "port"),
         Side("port-compiled", "generated port compiled", "engine", "port", compiled=True),
+        Side("port-static", "generated port compiled, static shapes", "engine", "port", compiled=True, static=True),
     )
 }
-SAME_MODE = {"port-eager": "diffusers-eager", "hand-eager": "diffusers-eager", "adapter": "diffusers-eager",
-             "port-compiled": "diffusers-tuned", "hand-compiled": "diffusers-tuned"}  # fmt: skip
+
+
+def sides_of(subject: str) -> tuple[str, ...]:
+    """Names of all sides of a subject; the adapter is none of Diffusers' own."""
+    return tuple(s.name for s in SIDES.values() if s.subject == subject and s.program != "adapter")
+
+
+def same_mode(side: str, present: Collection[str]) -> str | None:
+    """The side of Diffusers whose rounding a side is judged by: in the same mode, among those `present`.
+
+    Compiled code rounds less often than eager code, and code for all shapes more often than code for one. Where Diffusers
+    was not compiled for all shapes, its static code is what there is. None for Diffusers' own sides.
+    """
+    if side not in SIDES or side in sides_of("diffusers"):
+        return None
+    own = SIDES[side]
+    compiled = ["diffusers-tuned"] if own.static else ["diffusers-dynamic", "diffusers-tuned"]
+    return next((name for name in (compiled if own.compiled else ["diffusers-eager"]) if name in present), None)
 
 
 def hand_ports(path: Path | None = None) -> dict[str, dict[str, Any]]:
@@ -73,7 +101,7 @@ def load_job(
     """The worker's `load` job of a side; None where the side does not exist for this denoiser."""
     job: dict[str, Any] = {"job": "load", "denoiser": denoiser, "config": dict(config)}
     if side.compiled:
-        job |= {"compile": True, "compile_options": {} if cuda else {"backend": "eager"}}
+        job |= {"compile": True, "dynamic": not side.static, "compile_options": {} if cuda else {"backend": "eager"}}
     if side.subject == "reference":
         return job | {"reference": True, "buffers": buffers}
     if side.program == "adapter":

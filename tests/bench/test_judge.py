@@ -40,6 +40,20 @@ def test_a_port_may_lose_a_tenth_more_than_diffusers(error: float, good: bool) -
     assert passed(data) is good
 
 
+def test_compiled_code_is_judged_by_diffusers_compiled_the_same_way() -> None:
+    errors = {"diffusers-eager": 8.2e-3, "diffusers-dynamic": 8.1e-3, "diffusers-tuned": 6.8e-3,
+              "port-eager": 8.2e-3, "port-compiled": 8.2e-3, "port-static": 8.2e-3}  # fmt: skip
+    data = record()
+    data["denoisers"]["M"]["agreement"]["a"] = {side: {"reference": error} for side, error in errors.items()}
+    assert {v.side: v.good for v in verdicts(data)} == {"port-eager": True, "port-compiled": True, "port-static": False}
+    del data["denoisers"]["M"]["agreement"]["a"]["diffusers-dynamic"]
+    assert {v.side: v.good for v in verdicts(data)} == {
+        "port-eager": True,
+        "port-compiled": False,
+        "port-static": False,
+    }
+
+
 def test_a_port_that_gives_nothing_does_not_pass() -> None:
     data = record()
     data["denoisers"]["M"]["agreement"] = {}

@@ -74,13 +74,25 @@ def test_the_readme_table_is_printed_from_the_record(stored: Path, capsys: pytes
         "8.05",
         "",
         "",
+        "",
         "7.05",
+        "",
         "0.876 ± 0.014",
         "",
         "28 %",
     ]
     assert "| 2 x Card <1> | cfg | 5.0 | 1.90 |" in said and "1 and 1 of 2 calls" in said
     assert "- Card <1>, 2026-01-01, torch 2, 500 TFLOP/s" in said
+
+
+def test_the_fastest_sides_are_compared_and_both_kinds_of_compiled_code_are_shown() -> None:
+    data = record()
+    sides = data["denoisers"]["Model"]["sides"]
+    sides |= {"hand-static": side(7.5, 7.5, kernel=7.4), "port-static": side(6.0, 6.0, kernel=5.9)}
+    (row,) = (line for line in performance.table(data).splitlines() if "`Model` | small | 3 of 9 | Card" in line)
+    cells = [c.strip() for c in row.strip("|").split("|")]
+    # hand port, static; generated port, static; 6.0 / 8.05 and 6.0 / 7.5; 2 ms is 33 % of 6.0
+    assert cells[7:] == ["", "7.50", "7.05", "6.00", "0.745 ± 0.013", "0.800 ± 0.000", "33 %"]
 
 
 def test_errors_are_counted_and_those_above_the_bound_are_named() -> None:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from porter.bench.judge import ERROR_RATIO, attention_of, best, compared, floor_ms, parallel_verdicts, speeds, verdicts
-from porter.bench.sides import SIDES
+from porter.bench.sides import SIDES, sides_of
 from porter.bench.whole.judge import Apart, Times, distances, times
 
 HEAD = (
-    "denoiser", "case", "layers", "card", "Diffusers eager", "Diffusers tuned", "engine's adapter", "hand port",
-    "generated port",
+    "denoiser", "case", "layers", "card", "Diffusers eager", "Diffusers tuned", "engine's adapter",
+    "hand port", "hand port, static", "generated port", "generated port, static",
     "against Diffusers", "against the hand port", "share of the floor",
 )  # fmt: skip
 PARALLEL = ("denoiser", "case", "layers", "cards", "mode", "ms", "speed-up", "by kernels", "apart from one card", "bound",
@@ -37,14 +37,13 @@ def _cells(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> list[s
     found = speeds(row, case)
     if not found:
         return []
-    port = best(found, "port-compiled", "port-eager")
+    port, hand, diffusers = (best(found, *sides_of(subject)) for subject in ("port", "hand", "diffusers"))
     if port is None:
         return []  # the time was up before the port's turn
-    hand = best(found, "hand-compiled", "hand-eager")
-    diffusers = best(found, "diffusers-tuned", "diffusers-eager")
     floor = floor_ms(data, row, case)
     cells = [_ms(found.get(side)) for side in ("diffusers-eager", "diffusers-tuned", "adapter")]
-    cells += [_ms(hand), _ms(port)]
+    for subject in ("hand", "port"):
+        cells += [_ms(best(found, f"{subject}-compiled", f"{subject}-eager")), _ms(found.get(f"{subject}-static"))]
     cells += [ratio_text(compared(port, diffusers)), ratio_text(compared(port, hand))]
     return [
         *cells,
@@ -113,7 +112,7 @@ def errors(data: Mapping[str, Any]) -> str:
         return ""
     over = [f"`{name}` {ratio:.2f}" for name, ratio in sorted(worst.items()) if ratio > ERROR_RATIO]
     flash = {d.split(",")[0] for d, row in data["denoisers"].items()
-             if any("flash" in a.lower() for s in ("port-compiled", "port-eager") if s in row["sides"]
+             if any("flash" in a.lower() for s in sides_of("port") if s in row["sides"]
                     for a in attention_of(row["sides"][s]))}  # fmt: skip
     text = (
         f"Errors in bfloat16 against float32, layers of real size on a card: {len(worst) - len(over)} of {len(worst)} "
@@ -147,8 +146,9 @@ def origin(data: Mapping[str, Any]) -> str:
     """What the figures are, and where and with what they were measured: one line for each record."""
     lines = [
         "Median milliseconds of one forward call in bfloat16, random weights. In brackets the time of the kernels, where the "
-        "call waits for launches; such sides are compared by it. Ratios below 1: the port is faster; ± is the spread of the "
-        "rounds. The records hold the commands.",
+        "call waits for launches; such sides are compared by it. Ports are compiled for all shapes at once, as the engine does "
+        "it by itself; static: with its `diffusion_compile_dynamic` off, as Diffusers' tuned side. Ratios are of the fastest "
+        "sides; below 1: the port is faster; ± is the spread of the rounds. The records hold the commands.",
         "",
     ]
     return "\n".join(lines + [f"- {machine(m)}" for m in data.get("machines", [data])])

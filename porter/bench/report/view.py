@@ -22,7 +22,7 @@ from porter.bench.judge import (
     verdicts,
 )
 from porter.bench.report.performance import machine, ratio_text, request_cells
-from porter.bench.sides import REFERENCE, SAME_MODE, SIDES
+from porter.bench.sides import REFERENCE, SIDES, same_mode, sides_of
 from porter.bench.whole.judge import RATIO, distances, times
 from porter.verify.manifest import read_manifest
 from porter.verify.outcome import VerifyError
@@ -85,15 +85,15 @@ def _summary(data: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dict
     worst = max((v for v in judged if v.ratio is not None), key=lambda v: v.ratio or 0.0, default=None)
     case = next(iter(row["cases"]), "")
     found = speeds(row, case)
-    port = best(found, "port-compiled", "port-eager")
+    port = best(found, *sides_of("port"))
     floor = floor_ms(data, row, case)
-    attention = [a for s in ("port-compiled", "port-eager") for a in attention_of(row["sides"].get(s, {}))]
+    attention = [a for s in sides_of("port") for a in attention_of(row["sides"].get(s, {}))]
     return {
         "name": name, "size": row["size"], "case": case,
         "ratio": f"{worst.ratio:.3f}" if worst and worst.ratio is not None else "unknown",
         "good": worst.good if worst else None,
-        "diffusers": ratio_text(compared(port, best(found, "diffusers-tuned", "diffusers-eager"))),
-        "hand": ratio_text(compared(port, best(found, "hand-compiled", "hand-eager"))),
+        "diffusers": ratio_text(compared(port, best(found, *sides_of("diffusers")))),
+        "hand": ratio_text(compared(port, best(found, *sides_of("hand")))),
         "floor": f"{100 * floor / port.busy:.0f} %" if floor and port else "",
         "attention": ", ".join(dict.fromkeys(attention)) or "unknown",
     }  # fmt: skip
@@ -115,7 +115,8 @@ def _denoiser(data: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dic
             for v in judged
         ],
         "noise": _noise(row),
-        "divergence": {LABELS[s]: first_divergence(grown, s, b) for s, b in SAME_MODE.items() if s in grown.get("layers", {})},
+        "divergence": {LABELS[s]: first_divergence(grown, s, b) for s in grown.get("layers", {})
+                       if (b := same_mode(s, grown["layers"]))},
         "growth": grown,
         "pictures": row.get("pictures", {}),
         "sides": [_side(name, s) for name, s in row["sides"].items()],
@@ -159,8 +160,8 @@ def _speed(
 
 def _claims(found: Mapping[str, Speed]) -> list[str]:
     """Sentences that the spread of the rounds allows."""
-    pairs = (("port-compiled", "hand-compiled"), ("port-compiled", "diffusers-tuned"), ("port-eager", "hand-eager"),
-             ("port-eager", "diffusers-eager"))  # fmt: skip
+    pairs = (("port-static", "hand-static"), ("port-static", "diffusers-tuned"), ("port-compiled", "hand-compiled"),
+             ("port-compiled", "diffusers-tuned"), ("port-eager", "hand-eager"), ("port-eager", "diffusers-eager"))  # fmt: skip
     texts = []
     for own, other in pairs:
         judged = compared(found.get(own), found.get(other))

@@ -16,8 +16,10 @@ from porter.verify.manifest import Port, find, read_manifest
 from porter.verify.outcome import VerifyError
 
 DIFFUSERS = "diffusers"
-WITHOUT = ("adapter",)
+WITHOUT = ("adapter", "diffusers-dynamic")
 """Sides of denoisers that whole requests do not have: the adapter serves Diffusers' own pipeline."""
+MODES = ((False, False), (True, False), (True, True))
+"""Eager, compiled for all shapes, compiled for each shape: (compiled, static), in the order in which one load serves them."""
 WORK_GIB = 12.0
 """What a request is taken to need beside the weights when it is asked whether two pipelines fit on a card."""
 
@@ -71,7 +73,8 @@ def request_of(port: Port, options: Options) -> Request:
 
 
 class Whole:
-    """One pipeline on all sides. Sides of one subject share what it loaded: eager first, then compiled."""
+    """One pipeline on all sides. Sides of one subject share what it loaded: eager first, then compiled, then compiled anew
+    for each shape."""
 
     def __init__(
         self, crew: Crew, record: Record, port: Port, request: Request, options: Options, budget: Budget, say: Say
@@ -104,8 +107,8 @@ class Whole:
         self.row["together"] = together
         for group in [subjects] if together else [[s] for s in subjects]:
             ready = [s for s in group if s in loaded or self._load(s, sides)]
-            for compiled in (False, True):
-                self._stage([s for s in sides if s.subject in ready and s.compiled == compiled])
+            for mode in MODES:
+                self._stage([s for s in sides if s.subject in ready and (s.compiled, s.static) == mode])
             for subject in ready:
                 self._call(subject, {"job": "release"}, ())
             self._agree()
@@ -168,9 +171,10 @@ class Whole:
         return bool(found["runs"])
 
     def _options(self, side: Side) -> dict[str, Any]:
+        options: dict[str, Any] = {"dynamic": not side.static}
         if not self.record.data["device"].get("cuda"):
-            return {"backend": "eager"}
-        return {"backends": list(BACKENDS)} if side.subject == DIFFUSERS else {}
+            return options | {"backend": "eager"}
+        return options | ({"backends": list(BACKENDS)} if side.subject == DIFFUSERS else {})
 
     def _request(self, case: str, call: dict[str, Any]) -> dict[str, Any]:
         return {"job": "request", "case": case, "call": call}

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from porter.bench.sides import SAME_MODE, SIDES
+from porter.bench.sides import SIDES, same_mode
 from porter.bench.whole.phases import PHASES
 
 RATIO = 2.0
@@ -73,8 +73,8 @@ def distances(data: Mapping[str, Any]) -> Iterator[Apart]:
     for pipeline, row in data.get("requests", {}).items():
         for case, sides in row["agreement"].items():
             noise = sides.get(NOISE[0], {}).get(NOISE[1], {}).get("latents")
-            for side, other in SAME_MODE.items():
-                apart = sides.get(side, {}).get(other)
+            for side in SIDES:
+                apart = sides.get(side, {}).get(same_mode(side, sides) or "")
                 if apart is None:
                     continue
                 latents = apart["latents"]

@@ -58,7 +58,7 @@ class DiffusersPipeline:
             if not getattr(model, "_repeated_blocks", None):
                 model._repeated_blocks = sorted({type(b).__name__ for b in repeated_blocks(model)})
                 self.facts["compiled_blocks"] = "the class names none; those of its module lists are compiled"
-            model.compile_repeated_blocks(fullgraph=fullgraph, dynamic=False, **self._options)
+            model.compile_repeated_blocks(fullgraph=fullgraph, **self._options)
         self._fullgraph = self.facts["fullgraph"] = fullgraph
 
     def settle(self, case: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

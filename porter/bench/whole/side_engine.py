@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from porter.bench import compiled
 from porter.bench.side_engine import flash_attention
 from porter.bench.whole.components import random_components
 from porter.verify import engine_pipeline
@@ -54,16 +55,26 @@ class EnginePipeline:
             engine_pipeline.tensor_of(result)
 
     def compile(self, options: Mapping[str, Any]) -> None:
-        """As the runner does when it is not told to stay eager; on the CPU with the options of a dry run."""
+        """As the runner does when it is not told to stay eager; on the CPU with the options of a dry run. What an earlier
+        mode compiled is compiled anew."""
         from vllm_omni.diffusion.compile import regionally_compile
 
+        options = dict(options)
+        dynamic = self.session.od_config.diffusion_compile_dynamic = options.pop("dynamic", True)
+        self._undo()
         if not options and hasattr(self.pipe, "setup_compile"):
             self.pipe.setup_compile()
             return
-        dynamic = self.session.od_config.diffusion_compile_dynamic
         for name in getattr(self.pipe, "_dit_modules", None) or self.denoisers:
             if (model := getattr(self.pipe, name, None)) is not None:
                 setattr(self.pipe, name, regionally_compile(model, dynamic=dynamic, **options))
+
+    def _undo(self) -> None:
+        for module in self.pipe.modules():
+            if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+                del module.forward
+            module._compiled_call_impl = None
+        compiled.forget()
 
     def settle(self, case: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Nothing to choose: the engine's platform has chosen."""
