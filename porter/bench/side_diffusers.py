@@ -65,7 +65,8 @@ class DiffusersSubject:
             wide = any(part in name.split(".") for part in keep)
             dtype = torch.bfloat16 if id(owner._parameters[key]) in blocks else torch.float32 if wide else self.dtype
             weight = random_weight(name, owner._parameters[key].shape, self.device).to(dtype)
-            owner._parameters[key] = torch.nn.Parameter(weight, requires_grad=False)
+            # As `from_pretrained` leaves them: it decides whether torch copies a transposed input before a linear layer.
+            owner._parameters[key] = torch.nn.Parameter(weight)
         if narrow:
             self.facts["reference"] = "blocks are stored in bfloat16 and widened to float32 one at a time"
             for block in repeated_blocks(model):

@@ -45,7 +45,7 @@ def random_model(cls: Any, folder: Path, dtype: torch.dtype, device: torch.devic
             continue
         wide = any(part in name.split(".") for part in keep)
         weight = random_weight(f"{folder.name}.{name}", owner._parameters[key].shape, device)
-        owner._parameters[key] = torch.nn.Parameter(weight.to(torch.float32 if wide else dtype), requires_grad=False)
+        owner._parameters[key] = torch.nn.Parameter(weight.to(torch.float32 if wide else dtype))
     if tied:
         model.tie_weights()
     return model
