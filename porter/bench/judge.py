@@ -29,6 +29,8 @@ class Verdict:
     baseline: float | None
     apart: float | None
     """Relative L2 distance from Diffusers in the same mode."""
+    against: str | None = None
+    """The side of Diffusers that `baseline` is of."""
 
     @property
     def ratio(self) -> float | None:
@@ -75,9 +77,9 @@ def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
             for side, errors in sides.items():
                 if side in sides_of("diffusers") or REFERENCE.name not in errors:
                     continue
-                other = same_mode(side, sides) or ""
-                own = sides.get(other, {}).get(REFERENCE.name)
-                found.append(Verdict(denoiser, case, side, errors[REFERENCE.name], own, errors.get(other)))
+                other = same_mode(side, sides)
+                own = sides.get(other or "", {}).get(REFERENCE.name)
+                found.append(Verdict(denoiser, case, side, errors[REFERENCE.name], own, errors.get(other or ""), other))
     return found
 
 
