@@ -29,8 +29,15 @@ def test_padding_gets_nothing_and_a_row_of_padding_alone_everything(key_padding_
     torch.testing.assert_close(attended(key_padding_mask(mask), scores), attended(bias, scores), rtol=0, atol=1e-9)
 
 
-def test_a_mask_without_padding_is_none(key_padding_mask):
-    assert key_padding_mask(torch.ones(2, 3, dtype=torch.int64)) is None
+def test_nothing_is_asked_of_the_device(key_padding_mask):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        mask = torch.ones(2, 3, dtype=torch.int64)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            bool(mask.all())  # what this is about
+        keys = key_padding_mask(mask)
+    assert keys.dtype == torch.bool and keys.shape == (2, 3)
     assert key_padding_mask(None) is None
 
 
