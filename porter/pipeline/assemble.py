@@ -14,6 +14,7 @@ from porter.facts.pipeline.undefined import undefined
 from porter.model import Definition, Diagnostic, PorterError, Unit, Unknown
 from porter.pipeline.analysis import Analysis, analyse, in_stages
 from porter.pipeline.batching import Join, Merge, batching
+from porter.pipeline.caching import branches_of, is_refusing, with_refusals
 from porter.pipeline.cleanup import clean
 from porter.pipeline.helpers import module_definitions
 from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
@@ -180,6 +181,10 @@ def _definitions(
         pipeline_packages=_pipeline_packages(analysis),
     ):  # fmt: skip
         out.append(home(each.name.value, each))  # type: ignore[attr-defined]
+    told = render(
+        "pipeline/cache_dit.py.jinja", {}, guided=bool(branches_of(analysis)), refused=is_refusing(shell)
+    )  # fmt: skip
+    out += [home(f.name.value, f) for f in told]  # type: ignore[attr-defined]
     if isinstance(batch, Join):
         joining = render("pipeline/join_inputs.py.jinja", {}, branches=bool(batch.branches))
         out += [home(f.name.value, f) for f in joining]  # type: ignore[attr-defined]
@@ -273,10 +278,10 @@ def _class(
         loop_target=_target(loop.index, loop.timestep, cut) if loop is not None else "",
         result=code(analysis.tail.result), whole=loop is None, video=finished.video, sound=finished.sound,
         sample=cut.sample, extras=cut.extras, step_value=_step_values(cut, loop),
-        guiders=guiders(analysis.cut) if isinstance(analysis.cut, Regions) else (),
+        branches=branches_of(analysis), guiders=guiders(analysis.cut) if isinstance(analysis.cut, Regions) else (),
         loop_value={n: f"self.{n}" if n == SCHEDULER else n for n in cut.predict_inputs},
     )  # fmt: skip
-    return node
+    return with_refusals(node, {d.component for d in ported}, branches_of(analysis))
 
 
 def _joins(batch: Merge | Join | Unknown, prepares: bool) -> dict[str, str] | None:

@@ -20,6 +20,7 @@ from porter.verify.baseline import GLOBAL_SEED
 from porter.verify.engine_requests import requests_of
 from porter.verify.manifest import Port, read_manifest
 from porter.verify.ports import register
+from porter.verify.reuse_by_hand import counted, reusing
 from porter.verify.stand_ins import provide_noted
 
 
@@ -46,7 +47,7 @@ def loaded(job: Mapping[str, Any]) -> Iterator[tuple[engine_session.Session, Any
     with engine_session.session(
         job["arch"], rank=job["rank"], world=job["world"], port=job["port"], model=job["checkpoint"],
         parallel=job.get("parallel"), step_execution=bool(job.get("step")), max_num_seqs=job.get("max_num_seqs", 1),
-        dtype=getattr(torch, job.get("dtype", "float32")),
+        dtype=getattr(torch, job.get("dtype", "float32")), **job.get("engine", {}),
     ) as s:  # fmt: skip
         from vllm.config import set_current_vllm_config
 
@@ -207,11 +208,29 @@ def prepare(od_config: Any, requests: list[Any]) -> list[str]:
     return sorted(names)
 
 
+@contextlib.contextmanager
+def blocks_of(
+    job: Mapping[str, Any], models: list[torch.nn.Module], record: Mapping[str, Any]
+) -> Iterator[dict[str, int]]:
+    """How often blocks compute meanwhile. With `reuse_by_hand` they reuse, after so many steps, what they computed before."""
+    with contextlib.ExitStack() as stack:
+        counts = stack.enter_context(counted(models))
+        if "reuse_by_hand" in job:
+            stack.enter_context(reusing(models, job["reuse_by_hand"], lambda: len(record["steps"])))
+        yield counts
+
+
 def one_call(
-    s: engine_session.Session, runner: Any, port: Port, call: Mapping[str, Any], mode: str, batched: bool
+    s: engine_session.Session,
+    runner: Any,
+    port: Port,
+    call: Mapping[str, Any],
+    mode: str,
+    batched: bool,
+    record: dict[str, Any],
 ) -> dict[str, Any]:
-    """What one call did: steps, calls, first_call, timesteps, output, error, reach, prepared."""
-    record: dict[str, Any] = {
+    """What one call did goes to `record`: steps, calls, first_call, timesteps, output, error, reach, prepared."""
+    record |= {
         "steps": [],
         "calls": 0,
         "first_call": None,
@@ -269,7 +288,13 @@ def job_pipeline(job: Mapping[str, Any]) -> dict[str, Any]:
             "supports_step_execution": runner._supports_step_mode(),
         }
         mode = job.get("mode", "request")
-        records = [one_call(s, runner, port, call, mode, job.get("batched", True)) for call in job["calls"]]
+        models = [m for d in port.denoisers if (m := getattr(pipe, d.component, None)) is not None]
+        records = []
+        for call in job["calls"]:
+            done: dict[str, Any] = {"steps": []}
+            with blocks_of(job, models, done) as counts:
+                found = one_call(s, runner, port, call, mode, job.get("batched", True), done)
+            records.append(found | {"blocks": counts} if job.get("counted") else found)
     torch.save(records, job["out"])
     return facts
 

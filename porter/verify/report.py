@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FEATURE_OF_RUNG = {
     "module": "transformer", "weights": "weights", "bf16": "bfloat16", "tp": "tensor_parallel", "sp": "sequence_parallel",
-    "pipeline": "pipeline", "cfg": "cfg_parallel", "step": "step_execution", "batch": "request_batch",
+    "pipeline": "pipeline", "cfg": "cfg_parallel", "step": "step_execution", "batch": "request_batch", "cache": "cache_dit",
     "serve": "serving",
 }  # fmt: skip
 STYLE = {"passed": "green", "failed": "bold red", "skipped": "yellow"}

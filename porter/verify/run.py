@@ -20,7 +20,7 @@ from porter.verify.pipeline_spec import PipelineSpec, load_spec
 from porter.verify.report import FEATURE_OF_RUNG, VerifyReport, command_line, feature_states
 
 DENOISER_RUNGS = ("static", "weights", "module", "bf16", "tp", "sp")
-PIPELINE_RUNGS = ("pipeline", "cfg", "step", "batch", "serve")
+PIPELINE_RUNGS = ("pipeline", "cfg", "step", "batch", "cache", "serve")
 RUNGS = DENOISER_RUNGS + PIPELINE_RUNGS
 PAIRED = frozenset({"tp", "sp", "cfg"})
 
@@ -177,6 +177,7 @@ def pipeline_rungs(
     works, the other rungs are skipped.
     """
     from porter.verify.rungs.batch import batch
+    from porter.verify.rungs.cache import cache
     from porter.verify.rungs.modes import cfg, step
     from porter.verify.rungs.pipeline import pipeline
     from porter.verify.rungs.serve import serve
@@ -186,7 +187,7 @@ def pipeline_rungs(
     if spec is not None and checkpoint is not None:
         bench.__dict__.setdefault("checkpoints", {})[spec.pipeline] = str(Path(checkpoint).resolve())
     table: dict[str, Callable[[Bench, Path | str, Port, PipelineSpec | None], RungResult]] = {
-        "pipeline": pipeline, "cfg": cfg, "step": step, "batch": batch, "serve": serve
+        "pipeline": pipeline, "cfg": cfg, "step": step, "batch": batch, "cache": cache, "serve": serve
     }  # fmt: skip
     without = generated_without(generated, port)
     results: list[RungResult] = []

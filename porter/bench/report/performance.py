@@ -187,7 +187,9 @@ def origin(data: Mapping[str, Any]) -> str:
         "sides; below 1: the port is faster; ± is the spread of the rounds. The records hold the commands.",
         "",
     ]
-    machines = dict.fromkeys(f"- {machine(m)}" for m in data.get("machines", [data]))  # many records of one kind read alike
+    machines = dict.fromkeys(
+        f"- {machine(m)}" for m in data.get("machines", [data])
+    )  # many records of one kind read alike
     return "\n".join([*lines, *machines])
 
 
