@@ -23,7 +23,13 @@ DENOISER = {
     "weights": "weights", "module": "transformer", "tp": "tensor_parallel", "sp": "sequence_parallel", "bf16": "bfloat16",
 }  # fmt: skip
 PARTS = ("encode", "latents", "decoded", "defaults", "guidance", "media")
-PIPELINE = {"cfg": "cfg_parallel", "step": "step_execution", "batch": "request_batch", "serve": "serving"}
+PIPELINE = {
+    "cfg": "cfg_parallel",
+    "step": "step_execution",
+    "batch": "request_batch",
+    "cache": "cache_dit",
+    "serve": "serving",
+}
 FIGURES = ("module_cases", "module_error", "tp_error", "rank_share", "sp_error", "bf16_ratio", "latents_error")
 COLUMNS = (*ABOUT, *DENOISER, *PARTS, *PIPELINE, *FIGURES, "seconds")
 """`op_share`: part of the rewritten sites that Python ops handled. `rank_share`: largest part of the denoiser's parameters

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from porter.catalogue import LivePipeline
 from porter.coverage import PARTS, Row
 
-MODES = ("cfg", "step", "batch", "serve")
+MODES = ("cfg", "step", "batch", "cache", "serve")
 
 
 @dataclass(frozen=True, slots=True)

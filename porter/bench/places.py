@@ -7,13 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 PACKAGES = ("diffusers", "vllm_omni", "vllm", "torch", "transformers", "triton", "porter")
-_FOLDERS = re.compile(rf"(?<![\w:/.~+-])[\w/.~+-]*/(?=(?:{'|'.join(PACKAGES)})/)")
+_KNOWN = rf"(?:{'|'.join(PACKAGES)})/"
+_FOLDERS = re.compile(rf"(?<![\w:/.~+-])[\w/.~+-]*/(?={_KNOWN})")
 """What stands before the folder of a package in a path, cut or whole; not in an address, which has a colon before it."""
+_OTHERS = re.compile(
+    rf"(?<![\w:/.~+-])(?!{_KNOWN})[\w/.~+-]*/(?=[\w.~+-]+/[\w+-]+\.py\b)|(?<=# )(?!{_KNOWN})[\w/.~+-]*/(?=[\w.~+-]+$)"
+)
+"""The same before the last folder of another Python file, and what is left of such a path where a reason was cut off."""
+_STACK = re.compile(r"\nUser stack trace:.*", re.DOTALL)
+"""What torch adds to a reason, over several lines: files on files."""
 
 
 def without_folders(text: str) -> str:
-    """`text` with the paths of files of known packages from the package on: `torch/nn/modules/module.py`."""
-    return _FOLDERS.sub("", text)
+    """`text` with paths of files of known packages from the package on (`torch/nn/modules/module.py`), those of other Python
+    files from their last folder on, and without stack traces."""
+    return _OTHERS.sub("", _FOLDERS.sub("", _STACK.sub("", text)))
 
 
 def portable(data: Mapping[str, Any]) -> dict[str, Any]:

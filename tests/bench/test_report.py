@@ -154,6 +154,19 @@ def test_a_kept_record_has_the_same_figures_and_nothing_of_the_machine(stored: P
 
 
 @pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("x is None  # srv/a/generated/sd3/sd3_transformer.py:328 in forward\nUser stack trace:\n  File \"/srv/a/.",
+         "x is None  # sd3/sd3_transformer.py:328 in forward"),
+        ("x is None  # if x:  # rv/a/generated/ltx_vid", "x is None  # if x:  # ltx_vid"),
+        ("/srv/a/site/torch/nn/a.py and /srv/b/c.py", "torch/nn/a.py and b/c.py"),
+    ],
+)  # fmt: skip
+def test_of_a_path_its_end_is_left(text: str, left: str) -> None:
+    assert without_folders(text) == left
+
+
+@pytest.mark.parametrize(
     "text", ["https://example.org/torch/docs", "torch/nn/a.py", "q/k of vllm", "a ratio of torch / diffusers"]
 )
 def test_what_is_no_folder_stays(text: str) -> None:

@@ -304,3 +304,38 @@ def test_a_call_that_needs_a_mask_as_well_is_not_warmed_up(studio: Studio) -> No
 
 def test_a_pipeline_without_pictures_says_so(studio: Studio) -> None:
     assert "SupportImageInput" not in printed(studio.port())
+
+
+EXTRA = "                noise = noise + self.transformer(latents, timestep, text=embeds * i, return_dict=False)[0]\n"
+
+
+def test_cache_dit_learns_how_many_branches_a_step_has(studio: Studio) -> None:
+    code = printed(studio.port())
+    override = code[code.index("def predict_noise_maybe_with_cfg") :]
+    assert "keep_branches_apart(getattr(self, name), 2 if do_true_cfg else 1)" in override
+    assert override.index("keep_branches_apart") < override.index("super().predict_noise_maybe_with_cfg(do_true_cfg")
+    assert "refuse_cache_dit" not in code
+
+
+def test_without_branches_one_call_a_step_is_free_and_a_second_is_refused(studio: Studio) -> None:
+    start = CALL.index("                if self.do_classifier_free_guidance:\n                    with")
+    end = CALL.index("                # compute the previous")
+    batched = """                if self.do_classifier_free_guidance:
+                    a, b = noise.chunk(2)
+                    noise = a + self.guidance_scale * (b - a)
+"""
+    one = printed(studio.port(HEAD + INIT + CALL[:start] + batched + CALL[end:]))
+    assert "keep_branches_apart" not in one and "refuse_cache_dit" not in one
+    two = printed(studio.port(HEAD + INIT + CALL[:start] + batched + EXTRA + CALL[end:]))
+    lines = [line.strip() for line in two.splitlines()]
+    calls = [i for i, line in enumerate(lines) if "self.transformer(latents" in line]
+    refused = [lines[i - 1] == "refuse_cache_dit(self.transformer)" for i in calls]
+    assert refused == [False, True]
+
+
+def test_branches_that_are_three_calls_in_the_source_are_refused_from_the_second_on(studio: Studio) -> None:
+    combined = "                    noise = negative_noise + self.guidance_scale * (noise - negative_noise)\n"
+    assert combined in PIPELINE
+    code = printed(studio.port(PIPELINE.replace(combined, combined + "    " + EXTRA)))
+    assert code.count("self.transformer(latents") == 3 and code.count("refuse_cache_dit(self.transformer)") == 2
+    assert "keep_branches_apart" not in code

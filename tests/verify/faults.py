@@ -486,6 +486,17 @@ def nothing_prepared(factory: ast.FunctionDef) -> int:
 
 PICTURES = "FluxInpaintPipeline"
 
+
+def shared_branches(node: ast.AST) -> ast.AST | None:
+    """Cache-DiT takes the branches of guidance for steps."""
+    return ast.Constant(False) if isinstance(node, ast.Compare) and name_of(node) == "calls == 2" else None
+
+
+def always_two_branches(node: ast.AST) -> ast.AST | None:
+    """A step without guidance counts as one with it."""
+    return ast.Constant(2) if isinstance(node, ast.IfExp) and name_of(node) == "2 if do_true_cfg else 1" else None
+
+
 FAULTS = (
     Fault("key and value swapped", "module", ("no-mask",), "transformer", rewrite(swap_key_and_value)),
     Fault("mask dropped", "module", ("masked-text",), "transformer", rewrite(drop_mask)),
@@ -506,6 +517,10 @@ FAULTS = (
     Fault("regions left open", "sp", ("no-mask",), "transformer", rewrite(regions_left_open)),
     Fault("rotary table unsharded", "sp", ("no-mask",), "transformer", rewrite(unsharded_rotary)),
     Fault("guider shared by requests", "step", (), "pipeline", rewrite(shared_guider), subject="HunyuanImagePipeline"),
+    Fault("branches share what Cache-DiT reuses", "cache", (), "pipeline", rewrite(shared_branches)),
+    Fault("branches share it and texts are as long", "cache", (), "pipeline", rewrite(shared_branches),
+          subject="StableDiffusion3Pipeline"),
+    Fault("unguided requests cached as guided ones", "cache", (), "pipeline", rewrite(always_two_branches)),
     Fault("timestep scaled wrong", "pipeline", ("plain",), "any", rewrite(timestep_scale)),
     Fault("schedule off by one", "pipeline", ("plain",), "pipeline", rewrite(schedule_off_by_one)),
     Fault("guidance norm lost", "pipeline", ("negative-prompt",), "any", rewrite(lost_guidance_norm)),

@@ -70,7 +70,7 @@ def test_a_denoiser_of_this_part_does_all_that_is_claimed(name: str, bench: Any)
 
 @pytest.mark.parametrize("name", sorted({*ALWAYS, *share(pipelines(), PIPELINE_PARTS)}))
 def test_a_pipeline_of_this_part_does_all_that_is_claimed(name: str, bench: Any) -> None:
-    assert broken(name, ("pipeline", "cfg", "step", "batch"), bench) == []
+    assert broken(name, ("pipeline", "cfg", "step", "batch", "cache"), bench) == []
 
 
 @pytest.mark.parametrize(("names", "parts"), [(denoisers(), DENOISER_PARTS), (pipelines(), PIPELINE_PARTS)])

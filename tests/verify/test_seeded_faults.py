@@ -24,6 +24,7 @@ def run_rung(bench: Any, generated: Path, rung: str, names: tuple[str, ...], sub
     """One rung on some cases of the subject; the modes of a pipeline have no choice of cases."""
     from porter.verify.rungs.batch import batch
     from porter.verify.rungs.bf16 import bf16
+    from porter.verify.rungs.cache import cache
     from porter.verify.rungs.modes import cfg, step
     from porter.verify.rungs.module import module
     from porter.verify.rungs.pipeline import pipeline
@@ -34,8 +35,9 @@ def run_rung(bench: Any, generated: Path, rung: str, names: tuple[str, ...], sub
     assert port is not None
     if rung == "pipeline":
         return pipeline(bench, generated, port, load_spec(subject), names)
-    if rung in ("cfg", "step", "batch"):
-        return {"cfg": cfg, "step": step, "batch": batch}[rung](bench, generated, port, load_spec(subject))
+    if rung in ("cfg", "step", "batch", "cache"):
+        modes = {"cfg": cfg, "step": step, "batch": batch, "cache": cache}
+        return modes[rung](bench, generated, port, load_spec(subject))
     denoiser = denoisers[0]
     cases = [c for c in load_cases(denoiser.source_class) if c.name in names]
     return {"module": module, "bf16": bf16, "weights": weights, "tp": tp, "sp": sp}[rung](
