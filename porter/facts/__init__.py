@@ -5,6 +5,7 @@ from __future__ import annotations
 
 def load() -> None:
     """Import the modules that register facts for rules."""
+    import porter.facts.block_loops
     import porter.facts.complex_rotation
     import porter.facts.device_tables
     import porter.facts.key_bias

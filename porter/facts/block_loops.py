@@ -6,8 +6,12 @@ the blocks and gives each of them the same arguments.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import libcst as cst
 
+from porter.engine.registry import FactSite, fact
+from porter.model import Unit
 from porter.source import tree
 
 
@@ -22,6 +26,31 @@ def plain_loops(forward: cst.FunctionDef) -> set[str]:
             fine = block is not None and _only_calls(loop, block, optional)
             seen[attribute] = fine and attribute not in seen
     return {attribute for attribute, fine in seen.items() if fine}
+
+
+@fact("between_blocks", fields=["given"])
+def between_blocks(unit: Unit) -> Iterator[FactSite]:
+    """Plain loops of the root between whose calls something happens if an optional parameter, `given`, is given."""
+    root = unit.get(unit.root)
+    forward = tree.method(root.node, "forward") if root is not None else None
+    if forward is None:
+        return
+    plain = plain_loops(forward)
+    optional = {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)}
+    for loop in tree.find(forward.body, cst.For):
+        if any(tree.self_attribute(n) in plain for n in tree.find(loop.iter, cst.Attribute)):
+            tests = [t for s in tree.body(loop) for t in _tests(s)]
+            names = dict.fromkeys(n for n in sorted(optional) for t in tests if _given(t, {n}))
+            for name in names:
+                yield FactSite(loop, unit.root, {"given": cst.Name(name)})
+
+
+def _tests(stmt: cst.BaseStatement) -> list[cst.BaseExpression]:
+    """The condition of a statement of a loop, or of the flag that it sets."""
+    if isinstance(stmt, cst.If):
+        return [stmt.test]
+    small = stmt.body[0] if isinstance(stmt, cst.SimpleStatementLine) else None
+    return [small.value.test] if isinstance(small, cst.Assign) and isinstance(small.value, cst.IfExp) else []
 
 
 def _block_name(loop: cst.For, attribute: str) -> str | None:

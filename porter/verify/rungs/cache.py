@@ -19,6 +19,7 @@ WARMUP, STEPS = 2, 4
 ALWAYS = 1e9
 """A threshold under which everything is alike."""
 REFUSES = "Cache-DiT is on"
+NO_LIST = "no list of blocks is called one block after the other in a form that Cache-DiT knows"
 
 
 def cache(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | None) -> RungResult:
@@ -34,24 +35,22 @@ def cache(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
     cases = _cases(bench, spec)
     pairs = reference(bench, spec, checkpoint, cases)
     calls = [p["call"] for p in pairs]
-    records = {}
+    records: dict[str, list[dict[str, Any]]] = {}
     for name, job in _jobs().items():
         out = bench.path(f"cache-{name}")
         try:
             bench.engine(port_job(generated, port, checkpoint, calls, out=out, counted=True, **job))
         except JobError as error:
-            if "no model-declared" in error.message:
-                return skipped("cache", port.source_class, "no list of blocks has a form that Cache-DiT knows")
             return rung_of("cache", port.source_class, [CaseResult(name, "failed", raised(error))], clock())
         records[name] = torch.load(out, weights_only=True)
+        if not any(record["blocks"]["first"] for record in records["plain"]):
+            return skipped("cache", port.source_class, NO_LIST)
     results = []
     for index, (case, pair) in enumerate(zip(cases, pairs, strict=True)):
         found = {name: each[index] for name, each in records.items()}
         refusal = (found["reused"]["error"] or {}).get("message", "")
         if refusal.startswith(REFUSES):
             return skipped("cache", port.source_class, f"{case.name}: {refusal}")
-        if not found["plain"]["blocks"]["first"]:
-            return skipped("cache", port.source_class, "no list of blocks has a form that Cache-DiT knows")
         results += [
             replace(judge(case, pair["want"], found["idle"]), name=f"{case.name}, nothing reused"),
             _reused(case, found),
