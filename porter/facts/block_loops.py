@@ -13,6 +13,9 @@ import libcst as cst
 from porter.engine.registry import FactSite, fact
 from porter.model import Unit
 from porter.source import tree
+from porter.source.names import absolute
+
+REFUSED = absolute("porter_template.refuse_cache_dit")
 
 
 def plain_loops(forward: cst.FunctionDef) -> set[str]:
@@ -36,7 +39,8 @@ def between_blocks(unit: Unit) -> Iterator[FactSite]:
     if forward is None:
         return
     plain = plain_loops(forward)
-    optional = {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)}
+    done = {tree.code(c.args[1].value) for c in tree.find(forward.body, cst.Call) if tree.call_name(c) == REFUSED}
+    optional = {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)} - done
     for loop in tree.find(forward.body, cst.For):
         if any(tree.self_attribute(n) in plain for n in tree.find(loop.iter, cst.Attribute)):
             tests = [t for s in tree.body(loop) for t in _tests(s)]
