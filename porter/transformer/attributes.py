@@ -37,7 +37,9 @@ def class_attributes(unit: Unit, modules: dict[str, ClassModules], merges: list[
     forward = tree.method(root.node, "forward") if root is not None else None
     plain = plain_loops(forward) if forward is not None else set()
     patterns = {
-        a: p for a, names in blocks.items() if a in plain and len(names) == 1 and (p := _pattern(unit, names[0]))
+        a: p
+        for a, names in blocks.items()
+        if a in plain and len(found := {_pattern(unit, n) for n in names}) == 1 and (p := found.pop())
     }
     if patterns:
         items = ", ".join(f'"{a}": {PATTERN}.{p}' for a, p in patterns.items())
@@ -57,12 +59,13 @@ def class_attributes(unit: Unit, modules: dict[str, ClassModules], merges: list[
 
 
 def _pattern(unit: Unit, name: str) -> str | None:
-    """Cache-DiT's pattern of a block, from its parameters and what it returns (engine: cache_dit.ForwardPattern)."""
+    """Cache-DiT's pattern of a block, from its first two parameters and what it returns (engine: cache_dit.ForwardPattern). A
+    text behind them is an argument like others: it is handed on, not given in second place."""
     definition = unit.get(name)
     forward = tree.method(definition.node, "forward") if definition is not None else None
     if forward is None:
         return None
-    inputs = tuple(p.name.value for p in tree.parameters(forward)[1:] if p.name.value in _INPUTS)
+    inputs = tuple(p.name.value for p in tree.parameters(forward)[1:3] if p.name.value in _INPUTS)
     returns = [r.value for r in tree.find(forward.body, cst.Return) if r.value is not None]
     if not returns or inputs[:1] != ("hidden_states",):
         return None

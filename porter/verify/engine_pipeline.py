@@ -51,10 +51,21 @@ def loaded(job: Mapping[str, Any]) -> Iterator[tuple[engine_session.Session, Any
     ) as s:  # fmt: skip
         from vllm.config import set_current_vllm_config
 
+        if s.od_config.cache_backend == "cache_dit":
+            _forget_cached()
         with s.forward_context(), set_current_vllm_config(s.vllm_config):
             runner = DiffusionModelRunner(s.vllm_config, s.od_config, s.device)
             runner.load_model()
         yield s, runner
+
+
+def _forget_cached() -> None:
+    """Cache-DiT marks a class that all denoisers share which come without a pipeline. An engine's worker has one denoiser; here
+    the next one would count as cached already."""
+    from cache_dit.caching.block_adapters.block_adapters import FakeDiffusionPipeline  # type: ignore[import-untyped]
+
+    if "_is_cached" in vars(FakeDiffusionPipeline):
+        delattr(FakeDiffusionPipeline, "_is_cached")
 
 
 def named_tensors(module: Any, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
