@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.AceStepPipeline (pipelines/ace_step/pipeline_ace_step.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.AceStepPipeline (pipelines/ace_step/pipeline_ace_step.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -118,6 +118,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 class SeparateRequests(ValueError):
@@ -1249,6 +1255,7 @@ class AceStepPipeline(
                 norm_dim=(1,),
             )
         else:
+            refuse_cache_dit(self.transformer)
             # Standard forward pass (no CFG)
             model_output = self.transformer(
                 hidden_states=xt,
@@ -1262,6 +1269,7 @@ class AceStepPipeline(
 
         # Audio cover strength blending for cover tasks
         if audio_cover_strength < 1.0 and non_cover_encoder_hidden_states is not None and task_type == "cover":
+            refuse_cache_dit(self.transformer)
             nc_output = self.transformer(
                 hidden_states=xt,
                 timestep=t_curr_tensor,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.AuraFlowTransformer2DModel (models/transformers/auraflow_transformer_2d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.AuraFlowTransformer2DModel (models/transformers/auraflow_transformer_2d.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -821,6 +821,7 @@ class AuraFlowTransformer2DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

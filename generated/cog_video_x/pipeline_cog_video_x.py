@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.CogVideoXPipeline (pipelines/cogvideo/pipeline_cogvideox.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.CogVideoXPipeline (pipelines/cogvideo/pipeline_cogvideox.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from cache_dit import DBCacheConfig, refresh_context
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.schedulers.scheduling_dpm_cogvideox import CogVideoXDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,6 +27,10 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.parallel_state import (
+    get_classifier_free_guidance_rank,
+    get_classifier_free_guidance_world_size,
+)
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.media import (
     DiffusionMediaOutput,
@@ -157,6 +162,20 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def keep_branches_apart(denoiser: nn.Module | None, branches: int) -> None:
+    """Tell Cache-DiT, where it is on, how many branches of guidance this rank computes in a step: what a call reuses must come
+    from the same branch, and calls are all that it counts. It tells two branches apart."""
+    manager = getattr(denoiser, "_context_manager", None)
+    if manager is None:
+        return
+    calls = len(range(get_classifier_free_guidance_rank(), branches, get_classifier_free_guidance_world_size()))
+    if calls > 2:
+        raise NotImplementedError(f"Cache-DiT is on, and a step calls the denoiser for {calls} branches of guidance.")
+    contexts = [manager.get_context(name) for name in denoiser._context_names]
+    if any(bool(context.cache_config.enable_separate_cfg) != (calls == 2) for context in contexts):
+        refresh_context(denoiser, cache_config=DBCacheConfig().reset(enable_separate_cfg=calls == 2))
 
 
 class SeparateRequests(ValueError):
@@ -799,6 +818,12 @@ class CogVideoXPipeline(
             )
         latents = latents.to(prompt_embeds.dtype)
         return latents, old_pred_original_sample
+
+    def predict_noise_maybe_with_cfg(self, do_true_cfg: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the engine's, and Cache-DiT knows the branches."""
+        for name in self._dit_modules:
+            keep_branches_apart(getattr(self, name), 2 if do_true_cfg else 1)
+        return super().predict_noise_maybe_with_cfg(do_true_cfg, *args, **kwargs)
 
     def diffuse(
         self,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Cosmos2VideoToWorldPipeline (pipelines/cosmos/pipeline_cosmos2_video2world.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.Cosmos2VideoToWorldPipeline (pipelines/cosmos/pipeline_cosmos2_video2world.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -165,6 +165,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 class SeparateRequests(ValueError):
@@ -856,6 +862,7 @@ class Cosmos2VideoToWorldPipeline(
             uncond_latent = uncond_latent.to(transformer_dtype)
             uncond_timestep = uncond_indicator * t_conditioning + (1 - uncond_indicator) * timestep
             uncond_timestep = uncond_timestep.to(transformer_dtype)
+            refuse_cache_dit(self.transformer)
 
             noise_pred_uncond = self.transformer(
                 hidden_states=uncond_latent,

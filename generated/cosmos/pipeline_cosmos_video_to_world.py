@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.CosmosVideoToWorldPipeline (pipelines/cosmos/pipeline_cosmos_video2world.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.CosmosVideoToWorldPipeline (pipelines/cosmos/pipeline_cosmos_video2world.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -160,6 +160,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 class SeparateRequests(ValueError):
@@ -854,6 +860,7 @@ class CosmosVideoToWorldPipeline(
                 uncond_latent = current_uncond_indicator * uncond_latent + (1 - current_uncond_indicator) * latents
                 uncond_latent = self.scheduler.scale_model_input(uncond_latent, t)
                 uncond_latent = uncond_latent.to(transformer_dtype)
+                refuse_cache_dit(self.transformer)
 
                 noise_pred_uncond = self.transformer(
                     hidden_states=uncond_latent,

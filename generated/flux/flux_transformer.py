@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.FluxTransformer2DModel (models/transformers/transformer_flux.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.FluxTransformer2DModel (models/transformers/transformer_flux.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -88,6 +88,12 @@ def norm_and_rotate(
         return torch.stack((real * c - imag * s, real * s + imag * c), dim=-1).flatten(3).type_as(x)
 
     return rotate(norm_q(query)), rotate(norm_k(key))
+
+
+def refuse_cache_dit(denoiser: nn.Module, value: object) -> None:
+    """Cache-DiT runs a list of blocks as one, without what is done between them where `value` is given."""
+    if value is not None and hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and something is added between the blocks that it runs as one.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -852,6 +858,7 @@ class FluxTransformer2DModel(nn.Module):
 
         ids = torch.cat((txt_ids, img_ids), dim=0)
         image_rotary_emb = self.pos_embed(ids)
+        refuse_cache_dit(self, controlnet_block_samples)
         image_rotary_emb = tuple(
             shard_streams(table, -2, (encoder_hidden_states.shape[1], hidden_states.shape[1]))
             for table in image_rotary_emb
@@ -878,6 +885,7 @@ class FluxTransformer2DModel(nn.Module):
                     )
                 else:
                     hidden_states = hidden_states + controlnet_block_samples[index_block // interval_control]
+        refuse_cache_dit(self, controlnet_single_block_samples)
 
         for index_block, block in enumerate(self.single_transformer_blocks):
             encoder_hidden_states, hidden_states = block(
@@ -928,6 +936,7 @@ class FluxTransformer2DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Flux2Transformer2DModel (models/transformers/transformer_flux2.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.Flux2Transformer2DModel (models/transformers/transformer_flux2.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -299,6 +299,12 @@ def norm_and_rotate(
         return torch.stack((real * c - imag * s, real * s + imag * c), dim=-1).flatten(3).type_as(x)
 
     return rotate(norm_q(query)), rotate(norm_k(key))
+
+
+def refuse_cache_dit(denoiser: nn.Module, value: object) -> None:
+    """Cache-DiT runs a list of blocks as one, without what is done between them where `value` is given."""
+    if value is not None and hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and something is added between the blocks that it runs as one.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -1203,6 +1209,7 @@ class Flux2Transformer2DModel(nn.Module):
             }
         else:
             kv_attn_kwargs = joint_attention_kwargs
+        refuse_cache_dit(self, kv_cache_mode)
         if kv_cache is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
             raise NotImplementedError("`kv_cache` can not be divided between the ranks of sequence parallelism")
         if kv_cache_mode is not None and self.od_config.parallel_config.sequence_parallel_size > 1:
@@ -1244,6 +1251,7 @@ class Flux2Transformer2DModel(nn.Module):
             kv_attn_kwargs_single = {**kv_attn_kwargs, "num_txt_tokens": num_txt_tokens}
         else:
             kv_attn_kwargs_single = kv_attn_kwargs
+        refuse_cache_dit(self, kv_cache_mode)
 
         # 6. Single Stream Transformer Blocks
         for index_block, block in enumerate(self.single_transformer_blocks):
@@ -1304,6 +1312,7 @@ class Flux2Transformer2DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HeliosPyramidPipeline (pipelines/helios/pipeline_helios_pyramid.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.HeliosPyramidPipeline (pipelines/helios/pipeline_helios_pyramid.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -125,6 +125,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 def get_helios_pyramid_pre_process_func(
@@ -1069,6 +1075,7 @@ class HeliosPyramidPipeline(
                     )[0]
 
                     if do_classifier_free_guidance:
+                        refuse_cache_dit(self.transformer)
                         noise_uncond = self.transformer(
                             hidden_states=latent_model_input,
                             timestep=timestep,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanVideo15Pipeline (pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.HunyuanVideo15Pipeline (pipelines/hunyuan_video1_5/pipeline_hunyuan_video1_5.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from cache_dit import DBCacheConfig, refresh_context
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
@@ -28,6 +29,10 @@ from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_hunyuan_video_1
     DistributedAutoencoderKLHunyuanVideo15,
 )
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
+from vllm_omni.diffusion.distributed.parallel_state import (
+    get_classifier_free_guidance_rank,
+    get_classifier_free_guidance_world_size,
+)
 from vllm_omni.diffusion.distributed.utils import get_local_device
 from vllm_omni.diffusion.model_loader.diffusers_loader import DiffusersPipelineLoader
 from vllm_omni.diffusion.model_loader.hub_prefetch import from_pretrained_with_prefetch
@@ -173,6 +178,20 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def keep_branches_apart(denoiser: nn.Module | None, branches: int) -> None:
+    """Tell Cache-DiT, where it is on, how many branches of guidance this rank computes in a step: what a call reuses must come
+    from the same branch, and calls are all that it counts. It tells two branches apart."""
+    manager = getattr(denoiser, "_context_manager", None)
+    if manager is None:
+        return
+    calls = len(range(get_classifier_free_guidance_rank(), branches, get_classifier_free_guidance_world_size()))
+    if calls > 2:
+        raise NotImplementedError(f"Cache-DiT is on, and a step calls the denoiser for {calls} branches of guidance.")
+    contexts = [manager.get_context(name) for name in denoiser._context_names]
+    if any(bool(context.cache_config.enable_separate_cfg) != (calls == 2) for context in contexts):
+        refresh_context(denoiser, cache_config=DBCacheConfig().reset(enable_separate_cfg=calls == 2))
 
 
 class SeparateRequests(ValueError):
@@ -918,6 +937,12 @@ class HunyuanVideo15Pipeline(
     def combine_multi_branch_cfg_noise(self, predictions, true_cfg_scale, cfg_normalize=False):
         """The predictions of all branches: the guider combines them."""
         return tuple(predictions)
+
+    def predict_noise_with_multi_branch_cfg(self, *, branches_kwargs: list[dict[str, Any]], **kwargs: Any) -> Any:
+        """As the engine's, and Cache-DiT knows the branches."""
+        for name in self._dit_modules:
+            keep_branches_apart(getattr(self, name), len(branches_kwargs))
+        return super().predict_noise_with_multi_branch_cfg(branches_kwargs=branches_kwargs, **kwargs)
 
     def diffuse(
         self,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.HunyuanVideoFramepackPipeline (pipelines/hunyuan_video/pipeline_hunyuan_video_framepack.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.HunyuanVideoFramepackPipeline (pipelines/hunyuan_video/pipeline_hunyuan_video_framepack.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -171,6 +171,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 class SeparateRequests(ValueError):
@@ -1062,6 +1068,7 @@ class HunyuanVideoFramepackPipeline(
                 )[0]
 
                 if do_true_cfg:
+                    refuse_cache_dit(self.transformer)
                     neg_noise_pred = self.transformer(
                         hidden_states=latents.to(transformer_dtype),
                         timestep=timestep,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Ideogram4Pipeline (pipelines/ideogram4/pipeline_ideogram4.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.Ideogram4Pipeline (pipelines/ideogram4/pipeline_ideogram4.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -161,6 +161,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 class SeparateRequests(ValueError):
@@ -804,6 +810,7 @@ class Ideogram4Pipeline(
         # Velocity (and guidance) is computed in float32 for scheduler precision; the transformers
         # return their compute dtype, so cast the predicted velocities up here.
         pos_v = pos_out[:, max_text_tokens:].to(torch.float32)
+        refuse_cache_dit(self.unconditional_transformer)
 
         # Unconditional pass uses image-only positions with zeroed text features.
         neg_v = self.unconditional_transformer(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.JoyImageEditPlusTransformer3DModel (models/transformers/transformer_joyimage_edit_plus.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.JoyImageEditPlusTransformer3DModel (models/transformers/transformer_joyimage_edit_plus.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -768,6 +768,7 @@ class JoyImageEditPlusTransformer3DModel(nn.Module):
             param = params[name]
             getattr(param, "weight_loader", default_weight_loader)(param, weight)
             loaded.add(name)
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTX2ConditionPipeline (pipelines/ltx2/pipeline_ltx2_condition.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.LTX2ConditionPipeline (pipelines/ltx2/pipeline_ltx2_condition.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -227,6 +227,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 class SeparateRequests(ValueError):
@@ -1878,6 +1884,7 @@ class LTX2ConditionPipeline(
                 noise_pred_audio = self.convert_velocity_to_x0(audio_latents, noise_pred_audio, i, audio_scheduler)
 
             if do_spatio_temporal_guidance:
+                refuse_cache_dit(self.transformer)
                 noise_pred_video_uncond_stg, noise_pred_audio_uncond_stg = self.transformer(
                     hidden_states=latents.to(dtype=prompt_embeds.dtype),
                     audio_hidden_states=audio_latents.to(dtype=prompt_embeds.dtype),
@@ -1918,6 +1925,7 @@ class LTX2ConditionPipeline(
                 video_stg_delta = audio_stg_delta = 0
 
             if do_modality_isolation_guidance:
+                refuse_cache_dit(self.transformer)
                 noise_pred_video_uncond_modality, noise_pred_audio_uncond_modality = self.transformer(
                     hidden_states=latents.to(dtype=prompt_embeds.dtype),
                     audio_hidden_states=audio_latents.to(dtype=prompt_embeds.dtype),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTX2InContextPipeline (pipelines/ltx2/pipeline_ltx2_ic_lora.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.LTX2InContextPipeline (pipelines/ltx2/pipeline_ltx2_ic_lora.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -224,6 +224,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 class SeparateRequests(ValueError):
@@ -2230,6 +2236,7 @@ class LTX2InContextPipeline(
                     if video_self_attention_mask is not None
                     else None
                 )
+                refuse_cache_dit(self.transformer)
                 noise_pred_video_uncond_stg, noise_pred_audio_uncond_stg = self.transformer(
                     hidden_states=latents.to(dtype=prompt_embeds.dtype),
                     audio_hidden_states=audio_latents.to(dtype=prompt_embeds.dtype),
@@ -2277,6 +2284,7 @@ class LTX2InContextPipeline(
                     if video_self_attention_mask is not None
                     else None
                 )
+                refuse_cache_dit(self.transformer)
                 noise_pred_video_uncond_mod, noise_pred_audio_uncond_mod = self.transformer(
                     hidden_states=latents.to(dtype=prompt_embeds.dtype),
                     audio_hidden_states=audio_latents.to(dtype=prompt_embeds.dtype),

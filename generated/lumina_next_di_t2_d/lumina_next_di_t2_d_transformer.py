@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LuminaNextDiT2DModel (models/transformers/lumina_nextdit2d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.LuminaNextDiT2DModel (models/transformers/lumina_nextdit2d.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -726,7 +726,7 @@ class LuminaNextDiT2DModel(nn.Module):
     _repeated_blocks = ["LuminaNextDiTBlock"]
     _layerwise_offload_blocks_attrs = ["layers"]
     _hsdp_shard_conditions = [lambda name, module: name.startswith(("layers.",)) and name.rpartition(".")[2].isdigit()]
-    _cache_dit_adapter_config = CacheDiTAdapterConfig(block_forward_patterns={"layers": ForwardPattern.Pattern_2})
+    _cache_dit_adapter_config = CacheDiTAdapterConfig(block_forward_patterns={"layers": ForwardPattern.Pattern_3})
     _sp_plan = {
         "shard_image_rotary_emb": {"input": SequenceParallelInput(split_dim=-2, auto_pad=True)},
         "shard_hidden_states": {
@@ -907,6 +907,7 @@ class LuminaNextDiT2DModel(nn.Module):
             param = params[name]
             getattr(param, "weight_loader", default_weight_loader)(param, weight)
             loaded.add(name)
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.MochiTransformer3DModel (models/transformers/transformer_mochi.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.MochiTransformer3DModel (models/transformers/transformer_mochi.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -882,6 +882,7 @@ class MochiTransformer3DModel(nn.Module):
             param = params[name]
             getattr(param, "weight_loader", default_weight_loader)(param, weight)
             loaded.add(name)
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.PixArtTransformer2DModel (models/transformers/pixart_transformer_2d.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.PixArtTransformer2DModel (models/transformers/pixart_transformer_2d.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -110,16 +110,16 @@ class MaskedFlashAttention(FlashAttentionImpl):
 
 
 def key_padding_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The keys to attend to ([B, keys], bool), where `mask` is 1 for them and 0 for padding; None if nothing is padding.
+    """The keys to attend to ([B, keys], bool), where `mask` is 1 for them and 0 for padding.
 
     Diffusers adds -10000 to the scores of padding, of which a softmax leaves nothing, unless all is padding: such a row attends
-    to everything. A bias ([B, 1, keys]) stays one, the same for all heads.
+    to everything. A bias ([B, 1, keys]) stays one, the same for all heads. Whether anything is padding is not asked: the host
+    would wait for the device, and a text is seldom as long as it may be.
     """
     if mask is None or mask.ndim != 2:
         return mask if mask is None else mask.unsqueeze(1)
     keys = mask == 1
-    keys = keys | ~keys.any(dim=-1, keepdim=True)
-    return None if keys.all() else keys
+    return keys | ~keys.any(dim=-1, keepdim=True)
 
 
 @functools.lru_cache(maxsize=32)
@@ -819,7 +819,7 @@ class PixArtTransformer2DModel(nn.Module):
         lambda name, module: name.startswith(("transformer_blocks.",)) and name.rpartition(".")[2].isdigit()
     ]
     _cache_dit_adapter_config = CacheDiTAdapterConfig(
-        block_forward_patterns={"transformer_blocks": ForwardPattern.Pattern_2}
+        block_forward_patterns={"transformer_blocks": ForwardPattern.Pattern_3}
     )
     stacked_params_mapping = [
         (".to_qkv", ".to_q", "q"),
@@ -1100,6 +1100,7 @@ class PixArtTransformer2DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

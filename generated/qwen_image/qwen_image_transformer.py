@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.QwenImageTransformer2DModel (models/transformers/transformer_qwenimage.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -163,6 +163,12 @@ def norm_and_rotate(
         return torch.stack((real * c - imag * s, real * s + imag * c), dim=-1).flatten(3).type_as(x)
 
     return rotate(norm_q(query)), rotate(norm_k(key))
+
+
+def refuse_cache_dit(denoiser: nn.Module, value: object) -> None:
+    """Cache-DiT runs a list of blocks as one, without what is done between them where `value` is given."""
+    if value is not None and hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and something is added between the blocks that it runs as one.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -1079,6 +1085,7 @@ class QwenImageTransformer2DModel(nn.Module):
 
         image_rotary_emb = self.pos_embed(img_shapes, max_txt_seq_len=text_seq_len, device=hidden_states.device)
         encoder_hidden_states_mask = mask_if_padded(encoder_hidden_states_mask)
+        refuse_cache_dit(self, controlnet_block_samples)
         image_rotary_emb = self.shard_image_rotary_emb(image_rotary_emb)
         if modulate_index is not None:
             modulate_index = self.shard_modulate_index(modulate_index)
@@ -1140,6 +1147,7 @@ class QwenImageTransformer2DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

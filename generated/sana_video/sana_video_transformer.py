@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SanaVideoTransformer3DModel (models/transformers/transformer_sana_video.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.SanaVideoTransformer3DModel (models/transformers/transformer_sana_video.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -172,16 +172,22 @@ class TensorParallelRMSNorm(nn.Module):
 
 
 def key_padding_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The keys to attend to ([B, keys], bool), where `mask` is 1 for them and 0 for padding; None if nothing is padding.
+    """The keys to attend to ([B, keys], bool), where `mask` is 1 for them and 0 for padding.
 
     Diffusers adds -10000 to the scores of padding, of which a softmax leaves nothing, unless all is padding: such a row attends
-    to everything. A bias ([B, 1, keys]) stays one, the same for all heads.
+    to everything. A bias ([B, 1, keys]) stays one, the same for all heads. Whether anything is padding is not asked: the host
+    would wait for the device, and a text is seldom as long as it may be.
     """
     if mask is None or mask.ndim != 2:
         return mask if mask is None else mask.unsqueeze(1)
     keys = mask == 1
-    keys = keys | ~keys.any(dim=-1, keepdim=True)
-    return None if keys.all() else keys
+    return keys | ~keys.any(dim=-1, keepdim=True)
+
+
+def refuse_cache_dit(denoiser: nn.Module, value: object) -> None:
+    """Cache-DiT runs a list of blocks as one, without what is done between them where `value` is given."""
+    if value is not None and hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and something is added between the blocks that it runs as one.")
 
 
 def single_rank(norm: nn.Module) -> nn.Module:
@@ -928,6 +934,7 @@ class SanaVideoTransformer3DModel(nn.Module):
         encoder_hidden_states = encoder_hidden_states.view(batch_size, -1, hidden_states.shape[-1])
 
         encoder_hidden_states = self.caption_norm(encoder_hidden_states)
+        refuse_cache_dit(self, controlnet_block_samples)
 
         # 2. Transformer blocks
         for index_block, block in enumerate(self.transformer_blocks):
@@ -988,6 +995,7 @@ class SanaVideoTransformer3DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

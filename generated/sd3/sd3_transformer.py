@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.SD3Transformer2DModel (models/transformers/transformer_sd3.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.SD3Transformer2DModel (models/transformers/transformer_sd3.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sequence_parallel
 from vllm_omni.diffusion.distributed.sp_plan import SequenceParallelInput, SequenceParallelOutput
 from vllm_omni.diffusion.distributed.sp_sharding import sp_gather
 from vllm_omni.diffusion.forward_context import get_sp_shard_original_seq_len
+
+
+def refuse_cache_dit(denoiser: nn.Module, value: object) -> None:
+    """Cache-DiT runs a list of blocks as one, without what is done between them where `value` is given."""
+    if value is not None and hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and something is added between the blocks that it runs as one.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -836,6 +842,8 @@ class SD3Transformer2DModel(nn.Module):
         hidden_states = hidden_states.contiguous()
         temb = self.time_text_embed(timestep, pooled_projections)
         encoder_hidden_states = self.context_embedder(encoder_hidden_states)
+        refuse_cache_dit(self, block_controlnet_hidden_states)
+        refuse_cache_dit(self, skip_layers)
         encoder_hidden_states = self.shard_encoder_hidden_states(encoder_hidden_states)
         hidden_states = self.shard_hidden_states(hidden_states)
 
@@ -901,6 +909,7 @@ class SD3Transformer2DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

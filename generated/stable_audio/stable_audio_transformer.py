@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableAudioDiTModel (models/transformers/stable_audio_transformer.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.StableAudioDiTModel (models/transformers/stable_audio_transformer.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -634,7 +634,7 @@ class StableAudioDiTModel(nn.Module):
         lambda name, module: name.startswith(("transformer_blocks.",)) and name.rpartition(".")[2].isdigit()
     ]
     _cache_dit_adapter_config = CacheDiTAdapterConfig(
-        block_forward_patterns={"transformer_blocks": ForwardPattern.Pattern_2}
+        block_forward_patterns={"transformer_blocks": ForwardPattern.Pattern_3}
     )
     stacked_params_mapping = [
         (".to_qkv", ".to_q", "q"),
@@ -902,6 +902,7 @@ class StableAudioDiTModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property

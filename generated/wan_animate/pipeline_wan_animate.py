@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.WanAnimatePipeline (pipelines/wan/pipeline_wan_animate.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.WanAnimatePipeline (pipelines/wan/pipeline_wan_animate.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -114,6 +114,12 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def refuse_cache_dit(denoiser: nn.Module) -> None:
+    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+    if hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
 
 
 def get_wan_animate_pre_process_func(
@@ -1180,6 +1186,7 @@ class WanAnimatePipeline(
                 if do_classifier_free_guidance:
                     # Blank out face for unconditional guidance (set all pixels to -1)
                     face_pixel_values_uncond = face_video_segment * 0 - 1
+                    refuse_cache_dit(self.transformer)
                     noise_uncond = self.transformer(
                         hidden_states=latent_model_input,
                         timestep=timestep,

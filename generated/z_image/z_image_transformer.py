@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.ZImageTransformer2DModel (models/transformers/transformer_z_image.py, diffusers 0.40.0), rule set 4ff41c10a2db.
+# Ported by porter from diffusers.ZImageTransformer2DModel (models/transformers/transformer_z_image.py, diffusers 0.40.0), rule set 6b8155b98530.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -166,6 +166,12 @@ class MaskedFlashAttention(FlashAttentionImpl):
             softmax_scale=self.softmax_scale,
         )
         return self._unwrap_flash_output(out).unflatten(0, (batch_size, query_length))
+
+
+def refuse_cache_dit(denoiser: nn.Module, value: object) -> None:
+    """Cache-DiT runs a list of blocks as one, without what is done between them where `value` is given."""
+    if value is not None and hasattr(denoiser, "_context_manager"):
+        raise NotImplementedError("Cache-DiT is on, and something is added between the blocks that it runs as one.")
 
 
 @functools.lru_cache(maxsize=32)
@@ -1278,6 +1284,7 @@ class ZImageTransformer2DModel(nn.Module):
             noise_mask_tensor = torch.nn.utils.rnn.pad_sequence(unified_noise_mask, batch_first=True, padding_value=0)[
                 :, : unified.shape[1]
             ]
+        refuse_cache_dit(self, controlnet_block_samples)
         whole_noise_mask_tensor = noise_mask_tensor
         if noise_mask_tensor is not None:
             noise_mask_tensor = self.shard_noise_mask_tensor(noise_mask_tensor)
@@ -1332,6 +1339,7 @@ class ZImageTransformer2DModel(nn.Module):
         incomplete = {name: sorted(parts) for name, parts in missing.items() if parts}
         if incomplete:
             raise ValueError(f"{type(self).__name__}: parts of merged projections are missing: {incomplete}")
+        self.requires_grad_(False)  # with gradients in view, torch copies a transposed input before a linear layer
         return loaded
 
     @property
