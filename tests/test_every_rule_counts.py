@@ -108,7 +108,10 @@ def test_a_generated_line_is_explained_by_the_source_line_it_comes_from(index: i
     path, number = spread()[index]
     origin = origin_of(path, number)
     source = (library().root / origin.file).read_text(encoding="utf-8").splitlines()
-    statement = "\n".join(source[origin.line - 1 : origin.line + 12])  # a statement may go on below its first line
+    first = origin.line - 1
+    while source[first - 1].lstrip().startswith("#"):  # comments above a statement belong to it
+        first -= 1
+    statement = "\n".join(source[first : origin.line + 12])  # a statement may go on below its first line
     shared = words(text_of(path, number)) & words(statement)
     assert shared or origin.rules, (
         f"{path.name}:{number} {text_of(path, number)!r} has nothing of {origin.file}:{origin.line}"

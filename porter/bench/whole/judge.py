@@ -74,7 +74,8 @@ def distances(data: Mapping[str, Any]) -> Iterator[Apart]:
         for case, sides in row["agreement"].items():
             noise = sides.get(NOISE[0], {}).get(NOISE[1], {}).get("latents")
             for side in SIDES:
-                apart = sides.get(side, {}).get(same_mode(side, sides) or "")
+                others = sides.get(side, {})
+                apart = others.get(same_mode(side, others) or "")
                 if apart is None:
                     continue
                 latents = apart["latents"]
