@@ -115,16 +115,18 @@ def watched(device: torch.device) -> Iterator[list[list[int]]]:
         while not done.wait(LOOK_SECONDS):
             states.extend([state] if (state := card_state(device)) else [])
 
+    first = card_state(device)
+    if first is None:  # nothing can be read here: no thread that would try it all the time
+        yield states
+        return
     watcher = threading.Thread(target=look, daemon=True)
-    if device.type == "cuda":
-        watcher.start()
+    watcher.start()
     try:
         yield states
     finally:
         done.set()
-        if device.type == "cuda":
-            watcher.join()
-        states.extend([state] if not states and (state := card_state(device)) else [])
+        watcher.join()
+        states.extend([] if states else [first])
 
 
 def card_state(device: torch.device) -> list[int] | None:

@@ -123,6 +123,9 @@ def test_errors_are_counted_and_those_above_the_bound_are_named() -> None:
     assert performance.errors(data).rstrip().endswith("Above it: `Wrong` 1.25."), (
         "judged in the same mode once it is known"
     )
+    other = {"diffusers-tuned": {"reference": 2e-3}, "port-compiled": {"reference": 7e-3}}
+    data["denoisers"]["Wrong, again"]["agreement"]["large"] = other
+    assert performance.errors(data).rstrip().endswith("Above it: `Wrong` 3.50."), "another case is judged by itself"
     assert performance.errors({**data, "denoisers": {}}) == ""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from porter.bench.judge import (
     ERROR_RATIO,
     Speed,
+    Verdict,
     attention_of,
     best,
     compared,
@@ -138,8 +139,8 @@ def errors(data: Mapping[str, Any]) -> str:
     """One paragraph: how many denoisers keep the bound on bfloat16 errors, which do not, and how many use FlashAttention."""
     ports = [v for v in verdicts(data) if SIDES[v.side].subject == "port" and v.ratio is not None]
     # Diffusers' code for one shape rounds less often than code for all: it judges the other only where nothing better did.
-    exact = {(v.denoiser.split(",")[0], v.side) for v in ports if v.against == "diffusers-dynamic"}
-    ports = [v for v in ports if v.against == "diffusers-dynamic" or (v.denoiser.split(",")[0], v.side) not in exact]
+    exact = {_compared(v) for v in ports if v.against == "diffusers-dynamic"}
+    ports = [v for v in ports if v.against == "diffusers-dynamic" or _compared(v) not in exact]
     worst: dict[str, float] = {}
     for verdict in ports:
         name = verdict.denoiser.split(",")[0]
@@ -156,6 +157,10 @@ def errors(data: Mapping[str, Any]) -> str:
         f"{statistics.median(worst.values()):.2f}); FlashAttention is used by {len(flash & set(worst))}."
     )
     return f"\n{text}{' Above it: ' + ', '.join(over) + '.' if over else ''}\n"
+
+
+def _compared(verdict: Verdict) -> tuple[str, str, str]:
+    return verdict.denoiser.split(",")[0], verdict.case, verdict.side
 
 
 def ratio_text(found: Mapping[str, Any] | None) -> str:
