@@ -42,7 +42,7 @@ def cache(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
         except JobError as error:
             return rung_of("cache", port.source_class, [CaseResult(name, "failed", raised(error))], clock())
         records[name] = torch.load(out, weights_only=True)
-        if not any(record["blocks"]["first"] for record in records["plain"]):
+        if not any(record["blocks"]["first"] or record["error"] for record in records["plain"]):
             return skipped("cache", port.source_class, NO_LIST)
     results, refused = [], []
     for index, (case, pair) in enumerate(zip(cases, pairs, strict=True)):
