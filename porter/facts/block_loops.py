@@ -21,7 +21,7 @@ REFUSED = absolute("porter_template.refuse_cache_dit")
 def plain_loops(forward: cst.FunctionDef) -> set[str]:
     """Attributes of which every loop in `forward` only calls one block after the other. What is added after a block only if an
     optional parameter is given (residuals of a ControlNet) does not count."""
-    optional = {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)}
+    optional = _optional(forward)
     seen: dict[str, bool] = {}
     for loop in tree.find(forward.body, cst.For):
         for attribute in {a for n in tree.find(loop.iter, cst.Attribute) if (a := tree.self_attribute(n)) is not None}:
@@ -40,13 +40,17 @@ def between_blocks(unit: Unit) -> Iterator[FactSite]:
         return
     plain = plain_loops(forward)
     done = {tree.code(c.args[1].value) for c in tree.find(forward.body, cst.Call) if tree.call_name(c) == REFUSED}
-    optional = {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)} - done
+    optional = _optional(forward) - done
     for loop in tree.find(forward.body, cst.For):
         if any(tree.self_attribute(n) in plain for n in tree.find(loop.iter, cst.Attribute)):
             tests = [t for s in tree.body(loop) for t in _tests(s)]
             names = dict.fromkeys(n for n in sorted(optional) for t in tests if _given(t, {n}))
             for name in names:
                 yield FactSite(loop, unit.root, {"given": cst.Name(name)})
+
+
+def _optional(forward: cst.FunctionDef) -> set[str]:
+    return {p.name.value for p in tree.parameters(forward) if tree.is_none(p.default)}
 
 
 def _tests(stmt: cst.BaseStatement) -> list[cst.BaseExpression]:

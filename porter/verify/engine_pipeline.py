@@ -223,9 +223,10 @@ def prepare(od_config: Any, requests: list[Any]) -> list[str]:
 def blocks_of(
     job: Mapping[str, Any], models: list[torch.nn.Module], record: Mapping[str, Any]
 ) -> Iterator[dict[str, int]]:
-    """How often blocks compute meanwhile. With `reuse_by_hand` they reuse, after so many steps, what they computed before."""
+    """How often blocks compute meanwhile, if the job wants them `counted`. With `reuse_by_hand` they reuse, after so many
+    steps, what they computed before. Other jobs run the blocks as they are."""
     with contextlib.ExitStack() as stack:
-        counts = stack.enter_context(counted(models))
+        counts = stack.enter_context(counted(models)) if job.get("counted") else {}
         if "reuse_by_hand" in job:
             stack.enter_context(reusing(models, job["reuse_by_hand"], lambda: len(record["steps"])))
         yield counts
