@@ -14,7 +14,7 @@ from porter.facts.pipeline.undefined import undefined
 from porter.model import Definition, Diagnostic, PorterError, Unit, Unknown
 from porter.pipeline.analysis import Analysis, analyse, in_stages
 from porter.pipeline.batching import Join, Merge, batching
-from porter.pipeline.caching import branches_of, is_refusing, with_refusals
+from porter.pipeline.caching import branches_of, said_of_cache, told_of_cache
 from porter.pipeline.cleanup import clean
 from porter.pipeline.helpers import module_definitions
 from porter.pipeline.model import Denoiser, Feature, Parameter, PipelinePort
@@ -181,8 +181,9 @@ def _definitions(
         pipeline_packages=_pipeline_packages(analysis),
     ):  # fmt: skip
         out.append(home(each.name.value, each))  # type: ignore[attr-defined]
+    out += [home(f.name.value, f) for f in render("pipeline/compile.py.jinja", {})]  # type: ignore[attr-defined]
     told = render(
-        "pipeline/cache_dit.py.jinja", {}, guided=bool(branches_of(analysis)), refused=is_refusing(shell)
+        "pipeline/cache_dit.py.jinja", {}, guided=bool(branches_of(analysis)), said=said_of_cache(shell)
     )  # fmt: skip
     out += [home(f.name.value, f) for f in told]  # type: ignore[attr-defined]
     if isinstance(batch, Join):
@@ -281,7 +282,7 @@ def _class(
         branches=branches_of(analysis), guiders=guiders(analysis.cut) if isinstance(analysis.cut, Regions) else (),
         loop_value={n: f"self.{n}" if n == SCHEDULER else n for n in cut.predict_inputs},
     )  # fmt: skip
-    return with_refusals(node, {d.component for d in ported}, branches_of(analysis))
+    return told_of_cache(node, {d.component for d in ported}, branches_of(analysis))
 
 
 def _joins(batch: Merge | Join | Unknown, prepares: bool) -> dict[str, str] | None:
