@@ -5,26 +5,60 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
+class _Steps:
+    """Which step of which loop a call of the denoiser belongs to. Where a time comes again, other times between, a loop has
+    begun: another window of the same request, or another request."""
+
+    def __init__(self, steps_done: Callable[[], int]) -> None:
+        self.steps_done, self.seen, self.loop = steps_done, -1, 0
+        self.times: list[float | None] = []
+
+    def before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        """To be called before each call of the denoiser; several calls before the scheduler's next step are one step."""
+        done = self.steps_done()
+        if done == self.seen:
+            return
+        self.seen = done
+        time = time_of(module, args, kwargs)
+        if time is not None and time in self.times[:-1] and time != self.times[-1]:
+            self.loop, self.times = self.loop + 1, []
+        self.times.append(time)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.loop, len(self.times) - 1
+
+
+def time_of(module: torch.nn.Module, args: Any, kwargs: Any) -> float | None:
+    """The time that a call of a denoiser is given, the latest where there are several; None if no argument is called so."""
+    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    value = next((given[n] for n in ("timestep", "timesteps", "t") if torch.is_tensor(given.get(n))), None)
+    return None if value is None else value.max().item()
+
+
 class _List:
     """One list of blocks, and what it knows of the step that runs. Branches are told apart by their place in the step."""
 
-    def __init__(self, blocks: torch.nn.ModuleList, warmup: int, steps_done: Callable[[], int]) -> None:
-        self.blocks, self.warmup, self.steps_done = blocks, warmup, steps_done
+    def __init__(self, blocks: torch.nn.ModuleList, warmup: int, steps: _Steps) -> None:
+        self.blocks, self.warmup, self.steps = blocks, warmup, steps
         self.step = self.branch = -1
-        self.seen = -1
+        self.place: tuple[int, int] | None = None
         self.first: Any = None
         self.added: dict[int, list[torch.Tensor | None]] = {}
 
     def _begin(self) -> None:
-        done = self.steps_done()
-        if done != self.seen:
-            self.seen, self.branch, self.step = done, -1, self.step + 1
+        if self.place is None or self.steps.place[0] != self.place[0]:
+            self.added = {}
+        if self.steps.place != self.place:
+            self.place, self.branch = self.steps.place, -1
+        self.step = self.steps.place[1]
         self.branch += 1
 
     def forward(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -63,11 +97,22 @@ def reusing(models: list[torch.nn.Module], warmup: int, steps_done: Callable[[],
     """Within, blocks of the models work as Cache-DiT should make them work after `warmup` steps in full."""
     with contextlib.ExitStack() as stack:
         for model in models:
+            steps = _Steps(steps_done)
+            stack.enter_context(_hooked(model, steps.before))
             for blocks in lists_of(model).values():
-                found = _List(blocks, warmup, steps_done)
+                found = _List(blocks, warmup, steps)
                 for index, block in enumerate(blocks):
                     stack.enter_context(_instead(block, functools.partial(found.forward, index, block.forward)))
         yield
+
+
+@contextlib.contextmanager
+def _hooked(model: torch.nn.Module, before: Callable[..., None]) -> Iterator[None]:
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

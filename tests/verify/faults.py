@@ -497,6 +497,12 @@ def always_two_branches(node: ast.AST) -> ast.AST | None:
     return ast.Constant(2) if isinstance(node, ast.IfExp) and name_of(node) == "2 if do_true_cfg else 1" else None
 
 
+def loops_go_on(node: ast.AST) -> ast.AST | None:
+    """A loop of steps starts with what the loop before left to Cache-DiT."""
+    begins = isinstance(node, ast.Expr) and name_of(node).startswith("begin_anew(")
+    return ast.Pass() if begins else None
+
+
 FAULTS = (
     Fault("key and value swapped", "module", ("no-mask",), "transformer", rewrite(swap_key_and_value)),
     Fault("mask dropped", "module", ("masked-text",), "transformer", rewrite(drop_mask)),
@@ -521,6 +527,7 @@ FAULTS = (
     Fault("branches share it and texts are as long", "cache", (), "pipeline", rewrite(shared_branches),
           subject="StableDiffusion3Pipeline"),
     Fault("unguided requests cached as guided ones", "cache", (), "pipeline", rewrite(always_two_branches)),
+    Fault("requests of a batch share what Cache-DiT reuses", "cache", (), "pipeline", rewrite(loops_go_on)),
     Fault("timestep scaled wrong", "pipeline", ("plain",), "any", rewrite(timestep_scale)),
     Fault("schedule off by one", "pipeline", ("plain",), "pipeline", rewrite(schedule_off_by_one)),
     Fault("guidance norm lost", "pipeline", ("negative-prompt",), "any", rewrite(lost_guidance_norm)),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from porter.verify.pipeline_spec import RequestCase
-from porter.verify.rungs.cache import _reused
+from porter.verify.rungs.cache import _reused, _two_requests
 
 torch = pytest.importorskip("torch")
 
@@ -42,3 +42,27 @@ def test_an_error_of_any_run_fails_the_request() -> None:
     records = found()
     records["by_hand"]["error"] = {"type": "ValueError", "message": "no", "trace": ""}
     assert _reused(RequestCase("plain", {}), records).status == "failed"
+
+
+def asked(calls: int, value: float, error: str = "") -> dict[str, Any]:
+    problem = {"type": "NotImplementedError", "message": error, "trace": ""} if error else None
+    return {"calls": calls, "error": problem, "each": [[torch.full((2, 2), value)]]}
+
+
+@pytest.mark.parametrize(
+    ("calls", "second", "error", "name", "status"),
+    [
+        (8, 2.0, "", "one after the other", "passed"),
+        (4, 2.0, "", "in one loop", "passed"),
+        (8, 2.1, "", "one after the other", "failed"),
+        (4, 2.0, "Cache-DiT is on, and no", "in one loop", "skipped"),
+        (8, 2.0, "no such thing", "one after the other", "failed"),
+    ],
+)
+def test_two_requests_of_a_batch_give_what_each_gives_alone(
+    calls: int, second: float, error: str, name: str, status: str
+) -> None:
+    alone = [asked(4, 1.0), asked(4, 2.0)]
+    both = asked(calls, 1.0, error) | {"each": [[torch.full((2, 2), 1.0)], [torch.full((2, 2), second)]]}
+    result = _two_requests(both, alone)
+    assert result.status == status and name in result.name

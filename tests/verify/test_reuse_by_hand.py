@@ -39,6 +39,11 @@ class Net(torch.nn.Module):
         return states
 
 
+class Timed(Net):
+    def forward(self, states: Any, timestep: Any, step: float) -> Any:
+        return super().forward(states, None, step)
+
+
 @pytest.mark.parametrize("text", [None, torch.zeros(1)])
 def test_later_steps_add_what_the_branch_added_in_its_last_full_one(text: Any) -> None:
     net, steps, found = Net(), [], []
@@ -50,6 +55,27 @@ def test_later_steps_add_what_the_branch_added_in_its_last_full_one(text: Any) -
     # In full: 111 times what the step brings. Reused: the first block anew, and 110 times what the second step brought.
     assert found == [111.0, 166.5, 222.0, 277.5, 3.0 + 220.0, 3.5 + 275.0]
     assert counts == {"first": 6, "others": 8}
+
+
+def test_a_time_that_comes_again_begins_another_loop() -> None:
+    net, steps, found = Timed(), [], []
+    with counted([net]) as counts, reusing([net], 1, lambda: len(steps)):
+        for brought, times in ((1.0, (9.0, 5.0)), (3.0, (9.0, 5.0))):  # two requests, or two windows
+            for t in times:
+                found.append(net(torch.zeros(1), torch.tensor([t]), brought).item())
+                steps.append(None)
+    # The second step of each loop adds what the first step of the same loop brought.
+    assert found == [111.0, 111.0, 333.0, 333.0]
+    assert counts == {"first": 4, "others": 4}
+
+
+def test_a_time_that_is_repeated_at_once_is_another_step_of_the_loop() -> None:
+    net, steps, found = Timed(), [], []
+    with reusing([net], 1, lambda: len(steps)):
+        for brought, t in ((1.0, 9.0), (3.0, 5.0), (3.0, 5.0), (3.0, 1.0)):
+            found.append(net(torch.zeros(1), torch.tensor([t]), brought).item())
+            steps.append(None)
+    assert found == [111.0, 113.0, 113.0, 113.0]
 
 
 def test_afterwards_blocks_are_as_they_were() -> None:

@@ -72,11 +72,24 @@ def _groups(base: RequestCase, spec: PipelineSpec) -> Iterator[tuple[str, list[t
         yield "other-settings", [(replace(c, kwargs=k), n) for n, (c, k) in enumerate(zip(turned, kwargs, strict=True))]
 
 
+def unlike(base: RequestCase, spec: PipelineSpec) -> RequestCase:
+    """A request that does not share a loop with `base`: with another guidance, or with a longer text where that is fixed."""
+    guidance = _two_guidances(spec)
+    if guidance is not None:
+        return replace(base, kwargs={**base.kwargs, **guidance[1]}, seed=SEED + 1)
+    return replace(_with_texts(base, lambda text: text + " seen from far away in the evening"), seed=SEED + 1)
+
+
+def _two_guidances(spec: PipelineSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    guidance = {name: max(values) for name, values in spec.get("guidance", {}).items() if values}
+    return (guidance, {name: value + 0.5 for name, value in guidance.items()}) if guidance else None
+
+
 def _two_settings(base: RequestCase, spec: PipelineSpec) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Two values of guidance, which change no shape, else of the number of steps; None where both are fixed."""
-    guidance = {name: max(values) for name, values in spec.get("guidance", {}).items() if values}
-    if guidance:
-        return guidance, {name: value + 0.5 for name, value in guidance.items()}
+    guidance = _two_guidances(spec)
+    if guidance is not None:
+        return guidance
     steps = base.kwargs.get(STEPS)
     return ({STEPS: steps}, {STEPS: steps + 1}) if isinstance(steps, int) else None
 

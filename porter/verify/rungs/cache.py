@@ -9,16 +9,19 @@ from typing import Any
 from porter.verify.bench import Bench, Clock, JobError
 from porter.verify.compare import difference
 from porter.verify.manifest import Port
-from porter.verify.outcome import BOUND, CaseResult, RungResult, rung_of, skipped
+from porter.verify.outcome import BOUND, CaseResult, RungResult, VerifyError, rung_of, skipped
 from porter.verify.pipeline_spec import PipelineSpec, RequestCase
+from porter.verify.rungs.alone import same_as_alone
+from porter.verify.rungs.batch import unlike
 from porter.verify.rungs.modes import guided, not_runnable
-from porter.verify.rungs.pipeline import checkpoint_of, judge, port_job, raised, reference, table_of
+from porter.verify.rungs.pipeline import call_of, checkpoint_of, judge, port_job, raised, reference, table_of
 
 WARMUP, STEPS = 1, 4
 """Steps that are computed in full, and steps of a request, where their number is free."""
 ALWAYS = 1e9
 """A threshold under which everything is alike."""
 REFUSES = "Cache-DiT is on"
+REUSED = "reused"
 NO_LIST = "no list of blocks is called one block after the other in a form that Cache-DiT knows"
 
 
@@ -34,11 +37,16 @@ def cache(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
     checkpoint = checkpoint_of(bench, spec)
     cases, pairs = _answered(bench, spec, checkpoint)
     calls = [p["call"] for p in pairs]
-    records: dict[str, list[dict[str, Any]]] = {}
-    for name, job in _jobs().items():
+    other = call_of(bench, spec, checkpoint, unlike(cases[0], spec), 1)
+    behind = [other, {"requests": [calls[0], other]}]
+    jobs, records = _jobs(), {}
+    for name, job in jobs.items():
         out = bench.path(f"cache-{name}")
+        served = [*calls, *behind] if name == REUSED else calls
         try:
-            bench.engine(port_job(generated, port, checkpoint, calls, out=out, counted=True, **job))
+            facts = bench.engine(
+                port_job(generated, port, checkpoint, served, out=out, counted=True, max_num_seqs=2, **job)
+            )
         except JobError as error:
             return rung_of("cache", port.source_class, [CaseResult(name, "failed", raised(error))], clock())
         records[name] = torch.load(out, weights_only=True)
@@ -46,9 +54,8 @@ def cache(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
             return skipped("cache", port.source_class, NO_LIST)
     results, refused = [], []
     for index, (case, pair) in enumerate(zip(cases, pairs, strict=True)):
-        found = {name: each[index] for name, each in records.items()}
-        refusal = (found["reused"]["error"] or {}).get("message", "")
-        if refusal.startswith(REFUSES):
+        found = {name: each[index] for name, each in records.items() if index < len(each)}
+        if (refusal := refusal_of(found[REUSED])) is not None:
             refused.append(f"{case.name}: {refusal}")
             continue
         idle = judge(case, pair["want"], found["idle"])
@@ -57,7 +64,52 @@ def cache(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
         return skipped("cache", port.source_class, "; ".join(refused))
     if all(r.status == "skipped" for r in results[1::2]) and all(r.status == "passed" for r in results[::2]):
         return skipped("cache", port.source_class, results[1].message)
+    if facts["supports_request_batch"]:
+        first, *_, second, both = records[REUSED]
+        results.append(_two_requests(both, [first, second]))
+    if port.features.get("cfg_parallel", {}).get("status") not in (None, "unsupported"):
+        job = port_job(generated, port, checkpoint, calls[:1], out=out, counted=True, **jobs[REUSED])
+        results.append(_on_two_ranks(bench, job, records["by_hand"][0]))
     return rung_of("cache", port.source_class, results, clock())
+
+
+def refusal_of(record: dict[str, Any]) -> str | None:
+    """What a port says that refuses to run with Cache-DiT."""
+    message = (record["error"] or {}).get("message", "")
+    return message if message.startswith(REFUSES) else None
+
+
+def _two_requests(both: dict[str, Any], alone: list[dict[str, Any]]) -> CaseResult:
+    """Two requests of one batch beside each alone; those that share no loop may reuse nothing of each other."""
+    shared = both["calls"] < sum(record["calls"] for record in alone)
+    name = f"two requests {'in one loop' if shared else 'one after the other'}, reused"
+    if (refusal := refusal_of(both)) is not None:
+        return CaseResult(name, "skipped", refusal)
+    return same_as_alone(name, both, alone)
+
+
+def _on_two_ranks(bench: Bench, job: dict[str, Any], hand: dict[str, Any]) -> CaseResult:
+    """The first request, its branches of guidance on ranks of their own: what is worked out by hand for one rank."""
+    import torch
+
+    name = "branches on two ranks, reused"
+    try:
+        bench.engine_pair(job | {"parallel": {"cfg_parallel_size": 2}})
+    except (JobError, VerifyError) as error:
+        return CaseResult(name, "failed", raised(error))
+    ranks = [torch.load(f"{job['out']}.rank{r}", weights_only=True)[0] for r in range(2)]
+    problems = [f"rank {n}: {r['error']['type']}: {r['error']['message']}" for n, r in enumerate(ranks) if r["error"]]
+    figures: dict[str, Any] = {"blocks_computed": hand["blocks"]["others"], "rel_l2": 0.0}
+    figures["blocks_per_rank"] = [r["blocks"]["others"] for r in ranks]
+    if not problems:
+        figures["rel_l2"] = max(difference(r["output"], hand["output"])["rel_l2"] for r in ranks)
+        if figures["rel_l2"] > BOUND:
+            problems.append(f"differs from what is worked out without Cache-DiT: {figures['rel_l2']:.2e}")
+        if sum(figures["blocks_per_rank"]) != figures["blocks_computed"]:
+            problems.append(
+                f"blocks computed {figures['blocks_per_rank']}, {figures['blocks_computed']} in all expected"
+            )
+    return CaseResult(name, "failed" if problems else "passed", "; ".join(problems), figures)
 
 
 def _answered(bench: Bench, spec: PipelineSpec, checkpoint: str) -> tuple[list[RequestCase], list[dict[str, Any]]]:
@@ -92,7 +144,7 @@ def _jobs() -> dict[str, dict[str, Any]]:
                   "residual_diff_threshold": threshold, "max_continuous_cached_steps": -1}  # fmt: skip
         return {"engine": {"cache_backend": "cache_dit", "cache_config": config}}
 
-    return {"plain": {}, "by_hand": {"reuse_by_hand": WARMUP}, "idle": on(0.0), "reused": on(ALWAYS)}
+    return {"plain": {}, "by_hand": {"reuse_by_hand": WARMUP}, "idle": on(0.0), REUSED: on(ALWAYS)}
 
 
 def _reused(case: RequestCase, found: dict[str, dict[str, Any]]) -> CaseResult:
