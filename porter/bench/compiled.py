@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def forget() -> None:
@@ -13,6 +16,15 @@ def forget() -> None:
     torch._dynamo.reset()
     counters.clear()
     clear_compilation_metrics()
+
+
+def undo(module: torch.nn.Module) -> None:
+    """Compiled blocks of a module become eager again."""
+    for part in module.modules():
+        if hasattr(part.__dict__.get("forward"), "_torchdynamo_orig_callable"):
+            del part.forward
+        part._compiled_call_impl = None
+    forget()
 
 
 def statistics() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from porter.bench.failures import NO_CARD, device_problem, explained, flash_problem, poisoned
 from porter.bench.inputs import write_inputs
+from porter.bench.judge import replayed_wrong
 from porter.bench.record import Record
 from porter.bench.sides import REFERENCE, SIDES, Side, load_job
 from porter.bench.workload import Workload, load_workload, tiny_workload
@@ -282,8 +283,19 @@ class Subject:
             found["runs"][case.name] = {k: answer[k] for k in ("first_seconds", "calls", "finite", "shape")}
             found["compiled"][case.name] = answer["compiled"]
             found["facts"] |= _facts(answer)
+            if side.graphs:
+                self._replay(side, case.name)
         self._grow(side)
         return bool(found["runs"])
+
+    def _replay(self, side: Side, case: str) -> None:
+        """Whether results of graphs are kept and come again, once they were recorded."""
+        found = self.record.side(self.name, side.name)
+        answer = self._call(side, {"job": "replays", "case": case, "inputs": str(self._inputs(case))})
+        if answer is not None:
+            found.setdefault("replays", {})[case] = {k: answer[k] for k in ("held", "again", "other")}
+            if why := replayed_wrong(found, case):
+                self.record.problem(f"{self.name} {side.name}", f"{case}: {why}")
 
     def _grow(self, side: Side) -> None:
         """Samples of every block and of every step of a walk, where they are asked for."""

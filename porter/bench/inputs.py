@@ -51,8 +51,26 @@ def other_text(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, **{k: v.roll(1, dims=-1) for k, v in changed.items() if torch.is_tensor(v)}}
 
 
+def other_values(value: Any) -> Any:
+    """The same inputs with other values: what was drawn is shifted, along the last dimension."""
+    if isinstance(value, dict):
+        return {k: other_values(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(other_values(v) for v in value)
+    drawn = torch.is_tensor(value) and value.is_floating_point() and value.dim() > 1
+    return value.roll(1, dims=-1) if drawn else value
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """The sample: the first thing that a denoiser returns."""
     while not isinstance(output, torch.Tensor):
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     return output
+
+
+def tensors_in(output: Any) -> list[torch.Tensor]:
+    """All that a denoiser returns, not copied."""
+    if torch.is_tensor(output):
+        return [output]
+    held = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return [t for value in held for t in tensors_in(value)]

@@ -10,8 +10,12 @@ from typing import Any
 from porter.bench.sides import REFERENCE, SIDES, same_mode, sides_of
 from porter.bench.whole import judge as whole
 
+STAGES = ("eager", "compiled", "graphs")
+"""Modes of two cards, each judged by one card in the same: compiled as the engine does it, and replayed as CUDA graphs."""
 ERROR_RATIO = 1.1
 """A port's bfloat16 error against float32 may be so many times Diffusers' own in the same mode."""
+REPLAY_BOUND = 1.0e-2
+"""How far a call that is repeated may be from itself, relative L2: kernels that add in any order differ by bfloat16's noise."""
 LAUNCH_BOUND = 1.15
 """A call that takes so many times its kernels' time waits for launches."""
 PARALLEL_RATIO = 1.5
@@ -81,6 +85,20 @@ def verdicts(data: Mapping[str, Any]) -> list[Verdict]:
                 own = sides.get(other or "", {}).get(REFERENCE.name)
                 found.append(Verdict(denoiser, case, side, errors[REFERENCE.name], own, errors.get(other or ""), other))
     return found
+
+
+def replayed_wrong(side: Mapping[str, Any], case: str) -> str | None:
+    """What is wrong with calls that were replayed as CUDA graphs; None where nothing is."""
+    found = side.get("replays", {}).get(case)
+    if found is None:
+        return "replayed calls were not looked at"
+    if found["held"] != 0:
+        return f"a result changes by {found['held']:.1e} when the next call is replayed"
+    if not found["again"] <= REPLAY_BOUND:
+        return f"a call that is replayed differs from itself by {found['again']:.1e}"
+    if not found["other"] > REPLAY_BOUND:
+        return f"other inputs change a replayed call by {found['other']:.1e} only"
+    return None
 
 
 def speed(row: Mapping[str, Any], side: str, case: str) -> Speed | None:
@@ -160,7 +178,7 @@ def parallel_verdicts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     for denoiser, row in data["denoisers"].items():
         for subject, modes in row.get("parallel", {}).items():
             for mode, found in modes.items():
-                for stage in ("eager", "compiled"):
+                for stage in STAGES:
                     part = found.get(stage)
                     if not part or "apart" not in part:
                         continue

@@ -8,15 +8,16 @@ from typing import Any
 
 from porter.bench.drive import Options, Say, bench
 from porter.bench.failures import flash_problem
-from porter.bench.judge import ERROR_RATIO, Verdict, attention_of, speed, verdicts
+from porter.bench.judge import ERROR_RATIO, Verdict, attention_of, replayed_wrong, speed, verdicts
+from porter.bench.sides import SIDES as SIDES_BY_NAME
 from porter.verify.bench import Clock
 from porter.verify.environment import versions
 from porter.verify.outcome import CaseResult, RungResult, VerifyError, rung_of
 from porter.verify.report import VerifyReport, command_line
 
 RUNG = "gpu"
-PORTS = ("port-eager", "port-compiled")
-SIDES = ("diffusers-eager", "diffusers-dynamic", *PORTS)
+PORTS = ("port-eager", "port-compiled", "port-graphs")
+SIDES = ("diffusers-eager", "diffusers-dynamic", "diffusers-tuned", *PORTS)
 
 
 def verify_on_card(
@@ -63,7 +64,8 @@ def _case(
     }  # fmt: skip
     if (timed := speed(row, verdict.side, verdict.case)) is not None:
         figures["ms"] = timed.median
-    problems = [flash] if flash else []
+    replayed = replayed_wrong(side, verdict.case) if SIDES_BY_NAME[verdict.side].graphs else None
+    problems = [p for p in (flash, replayed) if p]
     if verdict.ratio is None:
         problems.append("Diffusers has no figure to compare with")
     elif not verdict.good:

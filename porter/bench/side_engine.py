@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from porter.bench.inputs import first_tensor, other_text
+from porter.bench import compiled
+from porter.bench.inputs import first_tensor, other_text, tensors_in
 from porter.bench.weights import checkpoint
 from porter.verify import engine_session
 from porter.verify.ports import load_class
@@ -27,6 +28,7 @@ class EngineSubject:
         self._hand: Mapping[str, Any] | None = job.get("hand")
         self._parallel: Mapping[str, Any] = job.get("parallel") or {}
         self._guided = bool(job.get("guided"))
+        self._marks: Any = None
         self._stack = contextlib.ExitStack()
         shapes, config = _reference_of(job["denoiser"], job["config"])
         try:
@@ -96,10 +98,18 @@ class EngineSubject:
     def _compile(self, options: dict[str, Any]) -> None:
         from vllm_omni.diffusion.compile import regionally_compile
 
-        regionally_compile(self.model, dynamic=self.session.od_config.diffusion_compile_dynamic, **options)
+        dynamic = self.session.od_config.diffusion_compile_dynamic
+        if self._marks is not None:
+            self._marks.remove()
+            self._marks = None
+        if options.pop("graphs", False):  # as the pipeline of a port does it
+            dynamic, options["mode"] = False, "reduce-overhead"
+            self._marks = self.model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+        regionally_compile(self.model, dynamic=dynamic, **options)
 
     def compile(self, options: dict[str, Any]) -> None:
-        """Compile what was built for eager use."""
+        """Compile what was built for eager use, or compiled in another mode."""
+        compiled.undo(self.model)
         self._compile(options)
 
     @contextlib.contextmanager
@@ -121,6 +131,10 @@ class EngineSubject:
         if self.branches is None:
             return first_tensor(self.model(**fitted[0]))
         return first_tensor(self.branches.predict_noise_maybe_with_cfg(True, GUIDANCE, *fitted, True))
+
+    def outputs(self, fitted: tuple[dict[str, Any], ...]) -> list[torch.Tensor]:
+        """Every tensor that one forward call returns: the tensors themselves, no copies."""
+        return tensors_in(self.model(**fitted[0]))
 
     def _fitted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Inputs under the names of a hand-written class: what it adds is derived. Raises TypeError for what it lacks."""

@@ -22,7 +22,8 @@ class Side:
     """`program` is the worker's side: diffusers, engine, or adapter (Diffusers' class in a process of the engine).
 
     `label` is for people; `subject` is reference, diffusers, hand or port. Compiled code is `static` where it is made for
-    each shape anew; the engine's runner compiles for all shapes at once, unless `diffusion_compile_dynamic` is off.
+    each shape anew; the engine's runner compiles for all shapes at once, unless `diffusion_compile_dynamic` is off. Where they
+    are asked for, a port's blocks are replayed as CUDA `graphs`.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Side:
     subject: str
     compiled: bool = False
     static: bool = False
+    graphs: bool = False
 
 
 REFERENCE = Side("reference", "Diffusers float32", "diffusers", "reference")
@@ -54,6 +56,15 @@ SIDES = {
         Side("port-eager", "generated port eager", "engine", "port"),
         Side("port-compiled", "generated port compiled", "engine", "port", compiled=True),
         Side("port-static", "generated port compiled, static shapes", "engine", "port", compiled=True, static=True),
+        Side(
+            "port-graphs",
+            "generated port compiled, CUDA graphs",
+            "engine",
+            "port",
+            compiled=True,
+            static=True,
+            graphs=True,
+        ),
     )
 }
 
@@ -88,6 +99,13 @@ def hand_ports(path: Path | None = None) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def compile_options(cuda: bool, graphs: bool = False) -> dict[str, Any]:
+    """What the `compile` job is told; without a card nothing is compiled, and there are no graphs."""
+    if not cuda:
+        return {"backend": "eager"}
+    return {"graphs": True} if graphs else {}
+
+
 def load_job(
     side: Side,
     denoiser: str,
@@ -101,7 +119,7 @@ def load_job(
     """The worker's `load` job of a side; None where the side does not exist for this denoiser."""
     job: dict[str, Any] = {"job": "load", "denoiser": denoiser, "config": dict(config)}
     if side.compiled:
-        job |= {"compile": True, "dynamic": not side.static, "compile_options": {} if cuda else {"backend": "eager"}}
+        job |= {"compile": True, "dynamic": not side.static, "compile_options": compile_options(cuda, side.graphs)}
     if side.subject == "reference":
         return job | {"reference": True, "buffers": buffers}
     if side.program == "adapter":

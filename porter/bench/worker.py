@@ -1,8 +1,8 @@
 """A process of one side: `python -m porter.bench.worker SIDE RANK`, started by `drive`. SIDE is diffusers, engine or adapter.
 
 Reads one JSON job per line on stdin, answers one JSON line each on the original stdout; tensors travel in files.
-Jobs: load, compile, run, sequence, time, count, layers, walk, release, ceilings, links for a denoiser; skeleton, load, compile,
-request, release for a whole pipeline. One denoiser or pipeline is loaded at a time.
+Jobs: load, compile, run, replays, sequence, time, count, layers, walk, release, ceilings, links for a denoiser; skeleton, load,
+compile, request, release for a whole pipeline. One denoiser or pipeline is loaded at a time.
 """
 
 from __future__ import annotations
@@ -106,6 +106,29 @@ class Bench:
             "first_seconds": seconds, "calls": len(calls), "finite": bool(torch.isfinite(output).all()),
             "shape": list(output.shape), "compiled": compiled.statistics(), **self.subject.facts,
         }  # fmt: skip
+
+    def replays(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Three calls, the second with other values. Relative L2: `held`, how far the kept results of the first are from what
+        they were; `again`, how far the third is from them (the worst of all outputs); `other`, how far the second is (of the
+        first output)."""
+        from porter.bench.inputs import other_values
+        from porter.verify.compare import difference
+
+        def apart(one: Any, other: Any) -> float:
+            return float(difference(one, other)["rel_l2"])
+
+        inputs = self._inputs(job)
+        with self.subject.context():
+            self.subject.settle(job["case"], inputs)
+            given, others = self.subject.fit(inputs), self.subject.fit(other_values(inputs))
+            kept = self.subject.outputs(given)
+            first = [t.clone() for t in kept]
+            other = apart(self.subject.outputs(others)[0], first[0])
+            held = max(
+                apart(a, b) for a, b in zip(kept, first, strict=True)
+            )  # before a third call makes it right again
+            again = max(apart(a, b) for a, b in zip(self.subject.outputs(given), first, strict=True))
+            return {"held": held, "again": again, "other": other}
 
     def sequence(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Tokens that a repeated block of this rank sees."""

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from porter.bench.failures import DRIVER, FLASH, MEMORY, device_problem, explained, flash_problem
-from porter.bench.judge import by_kernels, compared, floor_ms, parallel_verdicts, passed, speed, verdicts
+from porter.bench.judge import (
+    by_kernels,
+    compared,
+    floor_ms,
+    parallel_verdicts,
+    passed,
+    replayed_wrong,
+    speed,
+    verdicts,
+)
 from porter.bench.kernels import attention_of
 from porter.bench.record import merge
 from porter.bench.rung import rung_of_denoiser
@@ -52,6 +61,24 @@ def test_compiled_code_is_judged_by_diffusers_compiled_the_same_way() -> None:
         "port-compiled": False,
         "port-static": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("replays", "said"),
+    [
+        (None, "not looked at"),
+        ({"held": 0.0, "again": 0.0, "other": 0.0}, "other inputs"),
+        ({"held": 0.0, "again": 0.0, "other": 1.4}, None),
+        ({"held": 0.0, "again": 9e-3, "other": 1.4}, None),
+        ({"held": 1e-7, "again": 0.0, "other": 1.4}, "a result changes"),
+        ({"held": 0.0, "again": 2e-2, "other": 1.4}, "differs from itself"),
+        ({"held": 0.0, "again": float("nan"), "other": 1.4}, "differs from itself"),
+    ],
+)
+def test_a_call_that_is_replayed_gives_what_it_gave(replays: dict[str, float] | None, said: str | None) -> None:
+    side = {} if replays is None else {"replays": {"a": replays}}
+    found = replayed_wrong(side, "a")
+    assert (found is None) if said is None else (said in (found or ""))
 
 
 def test_a_port_that_gives_nothing_does_not_pass() -> None:
@@ -116,21 +143,29 @@ def test_attention_is_told_from_kernel_names() -> None:
 
 
 def test_the_gpu_rung_fails_where_flash_attention_is_missing() -> None:
-    data = record(**{"port-eager": timed(2.0), "port-compiled": timed(2.0)})
+    sides = ("port-eager", "port-compiled", "port-graphs")
+    data = record(**{side: timed(2.0) for side in sides})
     data["denoisers"]["M"]["agreement"]["a"] |= {
-        "diffusers-tuned": {"reference": 5.0e-3}, "port-compiled": {"reference": 5.0e-3}
-    }  # fmt: skip
+        side: {"reference": 5.0e-3} for side in ("diffusers-tuned", "port-compiled", "port-graphs")
+    }
+    assert [c.name for c in rung_of_denoiser(data, "M").failures()] == ["a graphs"]  # nobody looked at its replays
+    data["denoisers"]["M"]["sides"]["port-graphs"]["replays"] = {"a": {"held": 0.0, "again": 0.0, "other": 1.0}}
     assert rung_of_denoiser(data, "M").status == "passed"
     data["denoisers"]["M"]["sides"]["port-eager"]["facts"] = {"backend": ["TORCH_SDPA"], "flash_attention": None}
     rung = rung_of_denoiser(data, "M")
     assert [c.name for c in rung.failures()] == ["a eager"]
     assert FLASH in rung.failures()[0].message
+    data["denoisers"]["M"]["sides"]["port-graphs"]["replays"] = {"a": {"held": 1.0, "again": 0.0, "other": 1.0}}
+    assert [c.name for c in rung_of_denoiser(data, "M").failures()] == ["a eager", "a graphs"]
 
 
 def test_the_gpu_rung_names_a_side_that_did_not_run() -> None:
     data = record(**{"port-eager": timed(2.0)})
     rung = rung_of_denoiser(data, "M")
-    assert [(c.name, c.message) for c in rung.failures()] == [("a compiled", "did not start")]
+    assert [(c.name, c.message) for c in rung.failures()] == [
+        ("a compiled", "did not start"),
+        ("a graphs", "did not start"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_whole_requests_go_to_pipelines_on_one_card(tmp_path: Path, capsys: pyte
 
 @needs_engine
 def test_a_dry_run_serves_both_sides_from_one_checkpoint(tmp_path: Path) -> None:
-    sides = ("diffusers-eager", "port-eager", "port-compiled", "port-static", "diffusers-tuned")
+    sides = ("diffusers-eager", "port-eager", "port-compiled", "port-static", "port-graphs", "diffusers-tuned")
     options = Options(
         device="cpu", tiny=True, out=tmp_path / "r.json", generated=ROOT / "generated", rounds=1, sides=sides
     )

@@ -10,10 +10,11 @@ from typing import Any
 COLOURS = {
     "diffusers-eager": "#9aa5b1", "diffusers-dynamic": "#74828f", "diffusers-tuned": "#52606d", "adapter": "#7c5e99",
     "hand-eager": "#f6c28b", "hand-compiled": "#de7c2b", "hand-static": "#a3540f",
-    "port-eager": "#8ec5f0", "port-compiled": "#2374ab", "port-static": "#123f66", "reference": "#222222",
+    "port-eager": "#8ec5f0", "port-compiled": "#2374ab", "port-static": "#123f66", "port-graphs": "#0a1f33",
+    "reference": "#222222",
 }  # fmt: skip
 PHASE_COLOURS = {"encode": "#d9b44a", "denoise": "#2374ab", "decode": "#7c5e99"}
-MARKS = {"eager": "o", "compiled": "s", "dynamic": "s", "tuned": "D", "static": "D"}
+MARKS = {"eager": "o", "compiled": "s", "dynamic": "s", "tuned": "D", "static": "D", "graphs": "^"}
 
 
 class ChartsMissing(Exception):

@@ -23,7 +23,7 @@ from porter.bench.whole.judge import Apart, Times, distances, times
 
 HEAD = (
     "denoiser", "case", "layers", "card", "Diffusers eager", "Diffusers tuned", "engine's adapter",
-    "hand port", "hand port, static", "generated port", "generated port, static",
+    "hand port", "hand port, static", "generated port", "generated port, static", "generated port, graphs",
     "against Diffusers", "against the hand port", "share of the floor",
 )  # fmt: skip
 OTHERS = (
@@ -81,12 +81,13 @@ def _cells(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> list[s
     cells = [_ms(found.get(side)) for side in ("diffusers-eager", "diffusers-tuned", "adapter")]
     for subject in ("hand", "port"):
         cells += [_ms(best(found, f"{subject}-compiled", f"{subject}-eager")), _ms(found.get(f"{subject}-static"))]
+    cells.append(_ms(found.get("port-graphs")))
     cells += [ratio_text(compared(port, diffusers)), ratio_text(compared(port, hand))]
     return [*cells, _share(data, row, case, port)]
 
 
 def _parallel(data: Mapping[str, Any]) -> str:
-    rows = [v for v in parallel_verdicts(data) if v["stage"] == "compiled" and v.get("speedup")]
+    rows = [v for v in parallel_verdicts(data) if v["stage"] != "eager" and v.get("speedup")]
     if not rows:
         return ""
     lines = ["", _row(PARALLEL)]
@@ -95,7 +96,7 @@ def _parallel(data: Mapping[str, Any]) -> str:
         row = data["denoisers"][v["denoiser"]]
         name, case = _subject(v["denoiser"], v["case"])
         cells = [name + (" (hand port)" if v["subject"] == "hand" else ""), case, _layers(row), f"2 x {_card(data, row)}",
-                 v["mode"], f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
+                 v["mode"] + (", graphs" if v["stage"] == "graphs" else ""), f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
                  f"{v['kernel_speedup']:.2f}" if v.get("kernel_speedup") else "",
                  f"{v['apart']:.1e}", f"{v['bound']:.1e}", v["proof"]]  # fmt: skip
         lines.append(_row(cells))
@@ -188,7 +189,8 @@ def origin(data: Mapping[str, Any]) -> str:
     lines = [
         "Median milliseconds of one forward call in bfloat16, random weights. In brackets the time of the kernels, where the "
         "call waits for launches; such sides are compared by it. Ports are compiled for all shapes at once, as the engine does "
-        "it by itself; static: with its `diffusion_compile_dynamic` off, as Diffusers' tuned side. Ratios are of the fastest "
+        "it by itself; static: for one shape, as Diffusers' tuned side; graphs: static, and replayed as CUDA "
+        "graphs, if a port is asked for them. Ratios are of the fastest "
         "sides; below 1: the port is faster; ± is the spread of the rounds. The records hold the commands.",
         "",
     ]

@@ -160,7 +160,8 @@ def _speed(
 
 def _claims(found: Mapping[str, Speed]) -> list[str]:
     """Sentences that the spread of the rounds allows."""
-    pairs = (("port-static", "hand-static"), ("port-static", "diffusers-tuned"), ("port-compiled", "hand-compiled"),
+    pairs = (("port-graphs", "hand-static"), ("port-graphs", "diffusers-tuned"),
+             ("port-static", "hand-static"), ("port-static", "diffusers-tuned"), ("port-compiled", "hand-compiled"),
              ("port-compiled", "diffusers-tuned"), ("port-eager", "hand-eager"), ("port-eager", "diffusers-eager"))  # fmt: skip
     texts = []
     for own, other in pairs:

@@ -18,8 +18,9 @@ from porter.verify.outcome import VerifyError
 DIFFUSERS = "diffusers"
 WITHOUT = ("adapter", "diffusers-dynamic")
 """Sides of denoisers that whole requests do not have: the adapter serves Diffusers' own pipeline."""
-MODES = ((False, False), (True, False), (True, True))
-"""Eager, compiled for all shapes, compiled for each shape: (compiled, static), in the order in which one load serves them."""
+MODES = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))
+"""Eager, compiled for all shapes, compiled for each, replayed as graphs: (compiled, static, graphs), in the order in which one
+load serves them."""
 WORK_GIB = 12.0
 """What a request is taken to need beside the weights when it is asked whether two pipelines fit on a card."""
 
@@ -108,7 +109,7 @@ class Whole:
         for group in [subjects] if together else [[s] for s in subjects]:
             ready = [s for s in group if s in loaded or self._load(s, sides)]
             for mode in MODES:
-                self._stage([s for s in sides if s.subject in ready and (s.compiled, s.static) == mode])
+                self._stage([s for s in sides if s.subject in ready and (s.compiled, s.static, s.graphs) == mode])
             for subject in ready:
                 self._call(subject, {"job": "release"}, ())
             self._agree()
@@ -171,7 +172,9 @@ class Whole:
         return bool(found["runs"])
 
     def _options(self, side: Side) -> dict[str, Any]:
-        options: dict[str, Any] = {"dynamic": not side.static}
+        options: dict[str, Any] = {"dynamic": not side.static} | (
+            {"graphs": side.graphs} if side.subject == "port" else {}
+        )
         if not self.record.data["device"].get("cuda"):
             return options | {"backend": "eager"}
         return options | ({"backends": list(BACKENDS)} if side.subject == DIFFUSERS else {})

@@ -60,21 +60,16 @@ class EnginePipeline:
         from vllm_omni.diffusion.compile import regionally_compile
 
         options = dict(options)
-        dynamic = self.session.od_config.diffusion_compile_dynamic = options.pop("dynamic", True)
-        self._undo()
+        od_config = self.session.od_config
+        dynamic = od_config.diffusion_compile_dynamic = options.pop("dynamic", True)
+        od_config.additional_config["cuda_graphs"] = options.pop("graphs", False)
+        compiled.undo(self.pipe)
         if not options and hasattr(self.pipe, "setup_compile"):
             self.pipe.setup_compile()
             return
         for name in getattr(self.pipe, "_dit_modules", None) or self.denoisers:
             if (model := getattr(self.pipe, name, None)) is not None:
                 setattr(self.pipe, name, regionally_compile(model, dynamic=dynamic, **options))
-
-    def _undo(self) -> None:
-        for module in self.pipe.modules():
-            if hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable"):
-                del module.forward
-            module._compiled_call_impl = None
-        compiled.forget()
 
     def settle(self, case: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Nothing to choose: the engine's platform has chosen."""
