@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Cosmos2_5_TransferPipeline (pipelines/cosmos/pipeline_cosmos2_5_transfer.py, diffusers 0.40.0), rule set 6b8155b98530.
+# Ported by porter from diffusers.Cosmos2_5_TransferPipeline (pipelines/cosmos/pipeline_cosmos2_5_transfer.py, diffusers 0.40.0), rule set 91e97b116ae2.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, List, Optional, Union
 
 import numpy as np
 import torch
+from cache_dit import refresh_context
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.cosmos.pipeline_cosmos2_5_transfer import DEFAULT_NEGATIVE_PROMPT
 from diffusers.utils.torch_utils import randn_tensor
@@ -24,6 +25,7 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from vllm_omni.diffusion.compile import regionally_compile
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import DistributedAutoencoderKLWan
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
@@ -45,6 +47,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+from vllm_omni.platforms import current_omni_platform
 
 from .cosmos_transformer import CosmosTransformer3DModel
 
@@ -103,6 +106,41 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def compile_denoiser(denoiser: nn.Module, od_config: OmniDiffusionConfig) -> None:
+    """Compile a denoiser as the engine does. With `additional_config={"cuda_graphs": True}` blocks are compiled for each
+    shape and replayed as CUDA graphs, so that a small model does not wait for launches."""
+    graphs = od_config.additional_config.get("cuda_graphs", False)
+    # A cache keeps results of blocks, ranks meet inside of them, and weights that move are not where they were recorded.
+    hindered = (
+        not current_omni_platform.is_cuda()
+        or od_config.diffusion_compile_granularity == "full"
+        or od_config.cache_backend not in (None, "none")
+        or od_config.parallel_config.world_size > 1
+        or od_config.enable_cpu_offload
+        or od_config.enable_layerwise_offload
+        or od_config.enable_distributed_layerwise_offload
+        or od_config.enable_sleep_mode
+    )
+    if graphs and hindered:
+        init_logger(__name__).warning(
+            "No CUDA graphs: they need one card, regional compilation, no cache and no offloading."
+        )
+    if graphs and not hindered:
+        regionally_compile(denoiser, mode="reduce-overhead", dynamic=False)
+        # Results of blocks live until the next call of the denoiser.
+        denoiser.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    elif od_config.diffusion_compile_granularity == "full":
+        denoiser.compile(dynamic=od_config.diffusion_compile_dynamic)
+    else:
+        regionally_compile(denoiser, dynamic=od_config.diffusion_compile_dynamic)
+
+
+def begin_anew(denoiser: nn.Module | None) -> None:
+    """Make Cache-DiT, where it is on, forget the loop of steps before: another window, or another request of the batch."""
+    if hasattr(denoiser, "_context_manager"):
+        refresh_context(denoiser)
 
 
 def refuse_cache_dit(denoiser: nn.Module) -> None:
@@ -253,6 +291,10 @@ class Cosmos2_5_TransferPipeline(
         self.setup_diffusion_pipeline_profiler(
             enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
         )
+
+    def setup_compile(self) -> None:
+        for name in self._dit_modules:
+            compile_denoiser(getattr(self, name), self.od_config)
 
     def _get_prompt_embeds(
         self,
@@ -905,6 +947,7 @@ class Cosmos2_5_TransferPipeline(
             timesteps = self.scheduler.timesteps
 
             gt_velocity = (latents - cond_latent) * cond_mask
+            begin_anew(self.transformer)
             for i, t in enumerate(timesteps):
                 current_timestep = t.cpu().item()
 
@@ -953,8 +996,8 @@ class Cosmos2_5_TransferPipeline(
                         return_dict=False,
                     )
                     control_blocks = control_output[0]
-                    refuse_cache_dit(self.transformer)
 
+                    refuse_cache_dit(self.transformer)
                     noise_pred_neg = self.transformer(
                         hidden_states=in_latents,
                         timestep=in_timestep,

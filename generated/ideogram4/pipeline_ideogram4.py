@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.Ideogram4Pipeline (pipelines/ideogram4/pipeline_ideogram4.py, diffusers 0.40.0), rule set 6b8155b98530.
+# Ported by porter from diffusers.Ideogram4Pipeline (pipelines/ideogram4/pipeline_ideogram4.py, diffusers 0.40.0), rule set 91e97b116ae2.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from cache_dit import refresh_context
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.transformers.transformer_ideogram4 import (
     IMAGE_POSITION_OFFSET,
@@ -36,6 +37,7 @@ from transformers.masking_utils import create_causal_mask
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from vllm_omni.diffusion.compile import regionally_compile
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig, TransformerConfig
 from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_flux2 import DistributedAutoencoderKLFlux2
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
@@ -50,6 +52,7 @@ from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.diffusion.worker.utils import StepRequestState
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+from vllm_omni.platforms import current_omni_platform
 
 from .ideogram4_transformer import Ideogram4Transformer2DModel
 
@@ -163,10 +166,39 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
     )
 
 
-def refuse_cache_dit(denoiser: nn.Module) -> None:
-    """Cache-DiT takes every further call of the denoiser in a step for another step."""
+def compile_denoiser(denoiser: nn.Module, od_config: OmniDiffusionConfig) -> None:
+    """Compile a denoiser as the engine does. With `additional_config={"cuda_graphs": True}` blocks are compiled for each
+    shape and replayed as CUDA graphs, so that a small model does not wait for launches."""
+    graphs = od_config.additional_config.get("cuda_graphs", False)
+    # A cache keeps results of blocks, ranks meet inside of them, and weights that move are not where they were recorded.
+    hindered = (
+        not current_omni_platform.is_cuda()
+        or od_config.diffusion_compile_granularity == "full"
+        or od_config.cache_backend not in (None, "none")
+        or od_config.parallel_config.world_size > 1
+        or od_config.enable_cpu_offload
+        or od_config.enable_layerwise_offload
+        or od_config.enable_distributed_layerwise_offload
+        or od_config.enable_sleep_mode
+    )
+    if graphs and hindered:
+        init_logger(__name__).warning(
+            "No CUDA graphs: they need one card, regional compilation, no cache and no offloading."
+        )
+    if graphs and not hindered:
+        regionally_compile(denoiser, mode="reduce-overhead", dynamic=False)
+        # Results of blocks live until the next call of the denoiser.
+        denoiser.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    elif od_config.diffusion_compile_granularity == "full":
+        denoiser.compile(dynamic=od_config.diffusion_compile_dynamic)
+    else:
+        regionally_compile(denoiser, dynamic=od_config.diffusion_compile_dynamic)
+
+
+def begin_anew(denoiser: nn.Module | None) -> None:
+    """Make Cache-DiT, where it is on, forget the loop of steps before: another window, or another request of the batch."""
     if hasattr(denoiser, "_context_manager"):
-        raise NotImplementedError("Cache-DiT is on, and a step calls the denoiser once more than it can know of.")
+        refresh_context(denoiser)
 
 
 class SeparateRequests(ValueError):
@@ -330,6 +362,10 @@ class Ideogram4Pipeline(
         self.setup_diffusion_pipeline_profiler(
             enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
         )
+
+    def setup_compile(self) -> None:
+        for name in self._dit_modules:
+            compile_denoiser(getattr(self, name), self.od_config)
 
     def upsample_prompt(
         self,
@@ -810,7 +846,6 @@ class Ideogram4Pipeline(
         # Velocity (and guidance) is computed in float32 for scheduler precision; the transformers
         # return their compute dtype, so cast the predicted velocities up here.
         pos_v = pos_out[:, max_text_tokens:].to(torch.float32)
-        refuse_cache_dit(self.unconditional_transformer)
 
         # Unconditional pass uses image-only positions with zeroed text features.
         neg_v = self.unconditional_transformer(
@@ -853,6 +888,8 @@ class Ideogram4Pipeline(
     ) -> torch.Tensor:
         """The denoising loop."""
         with self.progress_bar(total=len(timesteps)) as progress_bar:
+            begin_anew(self.transformer)
+            begin_anew(self.unconditional_transformer)
             for i, t in enumerate(timesteps):
                 v = self.predict_guided_noise(
                     t=t,

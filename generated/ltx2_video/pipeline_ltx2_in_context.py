@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.LTX2InContextPipeline (pipelines/ltx2/pipeline_ltx2_ic_lora.py, diffusers 0.40.0), rule set 6b8155b98530.
+# Ported by porter from diffusers.LTX2InContextPipeline (pipelines/ltx2/pipeline_ltx2_ic_lora.py, diffusers 0.40.0), rule set 91e97b116ae2.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cache_dit import refresh_context
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from diffusers.pipelines.ltx2.prompt_enhancement import (
@@ -41,6 +42,7 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from vllm_omni.diffusion.compile import regionally_compile
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_ltx2 import DistributedAutoencoderKLLTX2Video
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
@@ -53,6 +55,7 @@ from vllm_omni.diffusion.profiler.diffusion_pipeline_profiler import DiffusionPi
 from vllm_omni.diffusion.utils.tf_utils import get_transformer_config_kwargs
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+from vllm_omni.platforms import current_omni_platform
 
 from .ltx2_video_transformer import LTX2VideoTransformer3DModel
 
@@ -224,6 +227,41 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
         revision=od_config.revision,
         **kwargs,
     )
+
+
+def compile_denoiser(denoiser: nn.Module, od_config: OmniDiffusionConfig) -> None:
+    """Compile a denoiser as the engine does. With `additional_config={"cuda_graphs": True}` blocks are compiled for each
+    shape and replayed as CUDA graphs, so that a small model does not wait for launches."""
+    graphs = od_config.additional_config.get("cuda_graphs", False)
+    # A cache keeps results of blocks, ranks meet inside of them, and weights that move are not where they were recorded.
+    hindered = (
+        not current_omni_platform.is_cuda()
+        or od_config.diffusion_compile_granularity == "full"
+        or od_config.cache_backend not in (None, "none")
+        or od_config.parallel_config.world_size > 1
+        or od_config.enable_cpu_offload
+        or od_config.enable_layerwise_offload
+        or od_config.enable_distributed_layerwise_offload
+        or od_config.enable_sleep_mode
+    )
+    if graphs and hindered:
+        init_logger(__name__).warning(
+            "No CUDA graphs: they need one card, regional compilation, no cache and no offloading."
+        )
+    if graphs and not hindered:
+        regionally_compile(denoiser, mode="reduce-overhead", dynamic=False)
+        # Results of blocks live until the next call of the denoiser.
+        denoiser.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    elif od_config.diffusion_compile_granularity == "full":
+        denoiser.compile(dynamic=od_config.diffusion_compile_dynamic)
+    else:
+        regionally_compile(denoiser, dynamic=od_config.diffusion_compile_dynamic)
+
+
+def begin_anew(denoiser: nn.Module | None) -> None:
+    """Make Cache-DiT, where it is on, forget the loop of steps before: another window, or another request of the batch."""
+    if hasattr(denoiser, "_context_manager"):
+        refresh_context(denoiser)
 
 
 def refuse_cache_dit(denoiser: nn.Module) -> None:
@@ -457,6 +495,10 @@ class LTX2InContextPipeline(
         self.setup_diffusion_pipeline_profiler(
             enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
         )
+
+    def setup_compile(self) -> None:
+        for name in self._dit_modules:
+            compile_denoiser(getattr(self, name), self.od_config)
 
     # Copied from diffusers.pipelines.ltx2.pipeline_ltx2.LTX2Pipeline._get_gemma_prompt_embeds
     def _get_gemma_prompt_embeds(
@@ -2126,6 +2168,7 @@ class LTX2InContextPipeline(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """All denoising, from start to end."""
 
+        begin_anew(self.transformer)
         for i, t in enumerate(timesteps):
             latent_model_input = torch.cat([latents] * 2) if do_classifier_free_guidance else latents
             latent_model_input = latent_model_input.to(prompt_embeds.dtype)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.PRXPixelPipeline (pipelines/prx/pipeline_prx_pixel.py, diffusers 0.40.0), rule set 6b8155b98530.
+# Ported by porter from diffusers.PRXPixelPipeline (pipelines/prx/pipeline_prx_pixel.py, diffusers 0.40.0), rule set 91e97b116ae2.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from diffusers.pipelines.prx.pipeline_prx_pixel import PRX_PIXEL_DEFAULT_MAX_TOK
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import hf_hub_download
 from torch import nn
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from vllm_omni.diffusion.compile import regionally_compile
 from vllm_omni.diffusion.data import DiffusionOutput, OmniDiffusionConfig
 from vllm_omni.diffusion.distributed.cfg_parallel import CFGParallelMixin
 from vllm_omni.diffusion.distributed.parallel_state import (
@@ -41,6 +43,7 @@ from vllm_omni.diffusion.worker.input_batch import InputBatch
 from vllm_omni.diffusion.worker.request_batch import DiffusionRequestBatch
 from vllm_omni.diffusion.worker.utils import StepRequestState
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, OmniPromptType
+from vllm_omni.platforms import current_omni_platform
 
 from .prx_transformer import PRXTransformer2DModel
 
@@ -117,6 +120,35 @@ def load_component(od_config: OmniDiffusionConfig, model_index: dict[str, Any], 
     )
 
 
+def compile_denoiser(denoiser: nn.Module, od_config: OmniDiffusionConfig) -> None:
+    """Compile a denoiser as the engine does. With `additional_config={"cuda_graphs": True}` blocks are compiled for each
+    shape and replayed as CUDA graphs, so that a small model does not wait for launches."""
+    graphs = od_config.additional_config.get("cuda_graphs", False)
+    # A cache keeps results of blocks, ranks meet inside of them, and weights that move are not where they were recorded.
+    hindered = (
+        not current_omni_platform.is_cuda()
+        or od_config.diffusion_compile_granularity == "full"
+        or od_config.cache_backend not in (None, "none")
+        or od_config.parallel_config.world_size > 1
+        or od_config.enable_cpu_offload
+        or od_config.enable_layerwise_offload
+        or od_config.enable_distributed_layerwise_offload
+        or od_config.enable_sleep_mode
+    )
+    if graphs and hindered:
+        init_logger(__name__).warning(
+            "No CUDA graphs: they need one card, regional compilation, no cache and no offloading."
+        )
+    if graphs and not hindered:
+        regionally_compile(denoiser, mode="reduce-overhead", dynamic=False)
+        # Results of blocks live until the next call of the denoiser.
+        denoiser.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    elif od_config.diffusion_compile_granularity == "full":
+        denoiser.compile(dynamic=od_config.diffusion_compile_dynamic)
+    else:
+        regionally_compile(denoiser, dynamic=od_config.diffusion_compile_dynamic)
+
+
 def keep_branches_apart(denoiser: nn.Module | None, branches: int) -> None:
     """Tell Cache-DiT, where it is on, how many branches of guidance this rank computes in a step: what a call reuses must come
     from the same branch, and calls are all that it counts. It tells two branches apart."""
@@ -129,6 +161,12 @@ def keep_branches_apart(denoiser: nn.Module | None, branches: int) -> None:
     contexts = [manager.get_context(name) for name in denoiser._context_names]
     if any(bool(context.cache_config.enable_separate_cfg) != (calls == 2) for context in contexts):
         refresh_context(denoiser, cache_config=DBCacheConfig().reset(enable_separate_cfg=calls == 2))
+
+
+def begin_anew(denoiser: nn.Module | None) -> None:
+    """Make Cache-DiT, where it is on, forget the loop of steps before: another window, or another request of the batch."""
+    if hasattr(denoiser, "_context_manager"):
+        refresh_context(denoiser)
 
 
 class SeparateRequests(ValueError):
@@ -280,6 +318,10 @@ class PRXPixelPipeline(
         self.setup_diffusion_pipeline_profiler(
             enable_diffusion_pipeline_profiler=od_config.enable_diffusion_pipeline_profiler
         )
+
+    def setup_compile(self) -> None:
+        for name in self._dit_modules:
+            compile_denoiser(getattr(self, name), self.od_config)
 
     @property
     def vae_scale_factor(self):
@@ -717,6 +759,7 @@ class PRXPixelPipeline(
     ) -> torch.Tensor:
         """The denoising loop."""
         with self.progress_bar(total=len(timesteps)) as progress_bar:
+            begin_anew(self.transformer)
             for t in timesteps:
                 noise_pred = self.predict_guided_noise(
                     latents=latents,

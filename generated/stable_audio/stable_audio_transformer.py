@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # SPDX-FileCopyrightText: Copyright contributors to the vLLM-Omni project and The HuggingFace Team
-# Ported by porter from diffusers.StableAudioDiTModel (models/transformers/stable_audio_transformer.py, diffusers 0.40.0), rule set 6b8155b98530.
+# Ported by porter from diffusers.StableAudioDiTModel (models/transformers/stable_audio_transformer.py, diffusers 0.40.0), rule set 91e97b116ae2.
 # Generated: edit the rules, not this file.
 
 from __future__ import annotations
