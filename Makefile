@@ -31,8 +31,8 @@ test: $(VENV)/.full lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(VENV)/.full
-	$(BIN)/ruff check --quiet porter tests
-	$(BIN)/ruff format --quiet --check porter tests
+	$(BIN)/ruff check --quiet porter tests benchmarks
+	$(BIN)/ruff format --quiet --check porter tests benchmarks
 	$(BIN)/mypy --no-error-summary
 
 generated: $(VENV)/.light
