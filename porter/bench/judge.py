@@ -10,8 +10,6 @@ from typing import Any
 from porter.bench.sides import REFERENCE, SIDES, same_mode, sides_of
 from porter.bench.whole import judge as whole
 
-STAGES = ("eager", "compiled", "graphs")
-"""Modes of two cards, each judged by one card in the same: compiled as the engine does it, and replayed as CUDA graphs."""
 ERROR_RATIO = 1.1
 """A port's bfloat16 error against float32 may be so many times Diffusers' own in the same mode."""
 REPLAY_BOUND = 1.0e-2
@@ -178,7 +176,7 @@ def parallel_verdicts(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     for denoiser, row in data["denoisers"].items():
         for subject, modes in row.get("parallel", {}).items():
             for mode, found in modes.items():
-                for stage in STAGES:
+                for stage in ("eager", "compiled"):
                     part = found.get(stage)
                     if not part or "apart" not in part:
                         continue

@@ -11,9 +11,9 @@ from typing import Any
 from porter.bench.drive import Budget, Crew, Options, Say, denoisers_of, head_of, need_card, shapes_of, workload_of
 from porter.bench.failures import device_problem, explained
 from porter.bench.inputs import write_inputs
-from porter.bench.judge import PARALLEL_RATIO, STAGES, by_kernels
+from porter.bench.judge import PARALLEL_RATIO, by_kernels
 from porter.bench.record import Record
-from porter.bench.sides import REFERENCE, compile_options, load_job, subject_of
+from porter.bench.sides import REFERENCE, load_job, subject_of
 from porter.bench.workload import Workload
 from porter.verify.bench import JobError, free_port
 from porter.verify.compare import difference
@@ -160,19 +160,17 @@ class Pair:
         }  # fmt: skip
         seen = self._all(world, {"job": "sequence", "case": self.case.name, "inputs": str(self.inputs)})
         found["tokens"] = [a["tokens"] for a in seen]
-        for stage in STAGES:
+        for stage in ("eager", "compiled"):
             if self.budget.spent():
                 break
-            if stage == "graphs" and (subject != "port" or "port-graphs" not in self.options.sides):
-                continue
-            if stage != "eager":
-                self._all(world, {"job": "compile", "compile_options": compile_options(cuda, stage == "graphs")})
+            if stage == "compiled":
+                self._all(world, {"job": "compile", "compile_options": {} if cuda else {"backend": "eager"}})
             out = self._output(subject, mode.name, stage)
             job = {"case": self.case.name, "inputs": str(self.inputs)}
             ran = self._all(world, {**job, "job": "run", "out": str(out)})
             found["calls"] = [a["calls"] for a in ran]
             found[stage] = {"compiled": ran[0]["compiled"]}
-            if self.options.rounds and stage != "eager":
+            if self.options.rounds and stage == "compiled":
                 rounds = [self._all(world, {**job, "job": "time"}) for _ in range(self.options.rounds)]
                 found[stage]["rounds"] = [[a["round"] for a in answers] for answers in rounds]
                 found[stage]["profiles"] = [a["profile"] for a in rounds[-1]]
@@ -218,7 +216,7 @@ class Pair:
         here["sharded"], here["proof"] = _proof(mode, here, alone) if alone else (True, "one card")
         if not alone:
             return
-        for stage in STAGES:
+        for stage in ("eager", "compiled"):
             if stage not in here or stage not in alone:
                 continue
             want = self._output(subject, str(mode.alone), stage).with_name(

@@ -99,13 +99,6 @@ def hand_ports(path: Path | None = None) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def compile_options(cuda: bool, graphs: bool = False) -> dict[str, Any]:
-    """What the `compile` job is told; without a card nothing is compiled, and there are no graphs."""
-    if not cuda:
-        return {"backend": "eager"}
-    return {"graphs": True} if graphs else {}
-
-
 def load_job(
     side: Side,
     denoiser: str,
@@ -119,7 +112,8 @@ def load_job(
     """The worker's `load` job of a side; None where the side does not exist for this denoiser."""
     job: dict[str, Any] = {"job": "load", "denoiser": denoiser, "config": dict(config)}
     if side.compiled:
-        job |= {"compile": True, "dynamic": not side.static, "compile_options": compile_options(cuda, side.graphs)}
+        options = ({"graphs": True} if side.graphs else {}) if cuda else {"backend": "eager"}
+        job |= {"compile": True, "dynamic": not side.static, "compile_options": options}
     if side.subject == "reference":
         return job | {"reference": True, "buffers": buffers}
     if side.program == "adapter":

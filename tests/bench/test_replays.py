@@ -15,7 +15,7 @@ from porter.bench.worker import Bench  # noqa: E402
 
 
 class Subject:
-    """Gives twice what it gets, and its sum, from memory of its own where it is `reused`."""
+    """Gives what it gets and twice that, with one `fault` of replayed calls."""
 
     dtype = torch.bfloat16
 

@@ -87,7 +87,7 @@ def _cells(data: Mapping[str, Any], row: Mapping[str, Any], case: str) -> list[s
 
 
 def _parallel(data: Mapping[str, Any]) -> str:
-    rows = [v for v in parallel_verdicts(data) if v["stage"] != "eager" and v.get("speedup")]
+    rows = [v for v in parallel_verdicts(data) if v["stage"] == "compiled" and v.get("speedup")]
     if not rows:
         return ""
     lines = ["", _row(PARALLEL)]
@@ -96,7 +96,7 @@ def _parallel(data: Mapping[str, Any]) -> str:
         row = data["denoisers"][v["denoiser"]]
         name, case = _subject(v["denoiser"], v["case"])
         cells = [name + (" (hand port)" if v["subject"] == "hand" else ""), case, _layers(row), f"2 x {_card(data, row)}",
-                 v["mode"] + (", graphs" if v["stage"] == "graphs" else ""), f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
+                 v["mode"], f"{v['ms']:.1f}", f"{v['speedup']:.2f}",
                  f"{v['kernel_speedup']:.2f}" if v.get("kernel_speedup") else "",
                  f"{v['apart']:.1e}", f"{v['bound']:.1e}", v["proof"]]  # fmt: skip
         lines.append(_row(cells))

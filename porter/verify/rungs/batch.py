@@ -73,7 +73,7 @@ def _groups(base: RequestCase, spec: PipelineSpec) -> Iterator[tuple[str, list[t
 
 
 def unlike(base: RequestCase, spec: PipelineSpec) -> RequestCase:
-    """A request that does not share a loop with `base`: with another guidance, or with a longer text where that is fixed."""
+    """A request with another guidance than `base`, which keeps them apart, or with a longer text where that is fixed."""
     guidance = _two_guidances(spec)
     if guidance is not None:
         return replace(base, kwargs={**base.kwargs, **guidance[1]}, seed=SEED + 1)

@@ -54,7 +54,7 @@ def cache(bench: Bench, generated: Path | str, port: Port, spec: PipelineSpec | 
             return skipped("cache", port.source_class, NO_LIST)
     results, refused = [], []
     for index, (case, pair) in enumerate(zip(cases, pairs, strict=True)):
-        found = {name: each[index] for name, each in records.items() if index < len(each)}
+        found = {name: each[index] for name, each in records.items()}
         if (refusal := refusal_of(found[REUSED])) is not None:
             refused.append(f"{case.name}: {refusal}")
             continue
@@ -101,6 +101,8 @@ def _on_two_ranks(bench: Bench, job: dict[str, Any], hand: dict[str, Any]) -> Ca
     problems = [f"rank {n}: {r['error']['type']}: {r['error']['message']}" for n, r in enumerate(ranks) if r["error"]]
     figures: dict[str, Any] = {"blocks_computed": hand["blocks"]["others"], "rel_l2": 0.0}
     figures["blocks_per_rank"] = [r["blocks"]["others"] for r in ranks]
+    if any(r["output"] is None for r in (hand, *ranks)):
+        problems = problems or ["the port returned no tensor"]
     if not problems:
         figures["rel_l2"] = max(difference(r["output"], hand["output"])["rel_l2"] for r in ranks)
         if figures["rel_l2"] > BOUND:
